@@ -1,0 +1,86 @@
+// The causal depthwise convolution in front of every Mamba scan: forward, backward, the decode step
+// and the states of packed sequences.
+//
+// For every batch b and channel d, with x[b,d,t] for t < 0 taken from initial_states (or 0):
+//   p[b,d,l]   = bias[d] + sum_{w=0}^{W-1} weight[d,w] x[b,d,l-(W-1-w)]
+//   out[b,d,l] = silu(p) or p
+// With seq_idx a tap counts only if seq_idx at the tap equals seq_idx at the output; outputs where
+// seq_idx is negative are exactly 0, and their gradient reaches nothing.
+//
+// Sizes: B batch, D channels, L length, W width (2 to 4). B = 0, D = 0 and L = 0 are valid.
+// Dtypes: x and weight each float32, float16 or bfloat16 in any pair (float64 on the CPU, both
+// then); bias has weight's dtype. Arithmetic is float32, rounded once to x's dtype. Strides: any
+// for every tensor, any alignment; x with unit stride along L (channel-first) or along D
+// (channel-last) is fast. Errors: mamba_native::Error naming the argument, before memory is
+// touched. CUDA work is enqueued on `stream`; nothing synchronises or allocates.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensor.h"
+
+namespace mamba_native::causal_conv1d {
+
+struct Inputs {
+  TensorView x;               // (B, D, L)
+  TensorView weight;          // (D, W)
+  TensorView bias;            // (D), optional
+  TensorView seq_idx;         // (B, L) int32, optional, not together with initial_states
+  TensorView initial_states;  // (B, D, W-1), x's dtype, optional: the W-1 inputs before x
+  bool silu = false;
+};
+
+struct ForwardParams {
+  Inputs in;
+  TensorView out;           // (B, D, L), x's dtype
+  TensorView final_states;  // (B, D, W-1), x's dtype, optional: the last W-1 columns of
+                            // [initial_states, x]
+  void* stream = nullptr;   // cudaStream_t
+};
+
+struct BackwardParams {
+  Inputs in;
+  TensorView dout;             // (B, D, L), x's dtype
+  TensorView dfinal_states;    // (B, D, W-1), x's dtype, optional
+  TensorView dx;               // (B, D, L), x's dtype
+  TensorView dweight;          // (D, W), float32 (float64 if x is), contiguous
+  TensorView dbias;            // (D), float32 (float64 if x is), present iff bias is
+  TensorView dinitial_states;  // (B, D, W-1), x's dtype, present iff initial_states is
+  void* stream = nullptr;
+};
+
+// One decode step of S >= 1 new tokens; conv_state is changed in place.
+//  linear buffer (no cache_seqlens): v = [conv_state row, x]; out_i = act(bias + sum_w weight_w
+//    v[state_len + i - (W-1-w)]); conv_state row = last state_len columns of v.
+//  circular buffer: with c = cache_seqlens[b], the W-1 columns before token 0 are
+//    conv_state[(c-(W-1)+j) mod state_len], j = 0..W-2; token i is stored at (c+i) mod state_len;
+//    outputs are computed as if the context were read before being overwritten.
+struct UpdateParams {
+  TensorView x;                   // (B, D, S)
+  TensorView conv_state;          // (B or entries, D, state_len >= W-1), x's dtype, any strides
+  TensorView weight;              // (D, W)
+  TensorView bias;                // (D), optional
+  TensorView cache_seqlens;       // (B) int32, optional, >= 0
+  TensorView conv_state_indices;  // (B) int32, optional: conv_state's row for each b; a negative
+                                  // one gives an output row of 0 and touches no state
+  TensorView out;  // (B, D, S), x's dtype
+  bool silu = false;
+  void* stream = nullptr;
+};
+
+// The last min(length, state_len) tokens of each packed sequence, right-aligned, zeros before them.
+struct VarlenStatesParams {
+  TensorView x;  // (T, D), any strides
+  TensorView
+      cu_seqlens;  // (S+1) int32 or int64, sorted, from 0 to T; the values are not checked on CUDA
+  TensorView states;  // (S, D, state_len), x's dtype
+  void* stream = nullptr;
+};
+
+// dweight and dbias are summed with float32 atomics on CUDA; everything is overwritten whole.
+void forward(const ForwardParams& params);
+void backward(const BackwardParams& params);
+void update(const UpdateParams& params);
+void varlen_states(const VarlenStatesParams& params);
+
+}  // namespace mamba_native::causal_conv1d

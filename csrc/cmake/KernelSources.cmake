@@ -1,0 +1,43 @@
+# How a room adds its kernels to the library.
+
+# mamba_isa_sources(<target> [SSE2 <file>...] [AVX2 <file>...] [AVX512 <file>...])
+# Adds C++ files, each with the flags of its instruction set and of no more.
+function(mamba_isa_sources target)
+  cmake_parse_arguments(PARSE_ARGV 1 isa "" "" "SSE2;AVX2;AVX512")
+  if(MSVC)
+    set(avx2 /arch:AVX2)
+    set(avx512 /arch:AVX512)
+  else()
+    set(avx2 -mavx2 -mfma -mf16c)
+    set(avx512 -mavx512f -mavx512cd -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+    if(MINGW) # GCC for Windows aligns the stack to 16 bytes only, so no wide spill may claim more
+      list(APPEND avx2 -Wa,-muse-unaligned-vector-move)
+      list(APPEND avx512 -Wa,-muse-unaligned-vector-move)
+    endif()
+  endif()
+  list(TRANSFORM isa_SSE2 PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
+  list(TRANSFORM isa_AVX2 PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
+  list(TRANSFORM isa_AVX512 PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
+  target_sources(${target} PRIVATE ${isa_SSE2} ${isa_AVX2} ${isa_AVX512})
+  set_source_files_properties(${isa_AVX2} TARGET_DIRECTORY ${target} PROPERTIES COMPILE_OPTIONS "${avx2}")
+  set_source_files_properties(${isa_AVX512} TARGET_DIRECTORY ${target} PROPERTIES COMPILE_OPTIONS "${avx512}")
+endfunction()
+
+# mamba_cuda_sources(<target> [F32 <file>...] [F16 <file>...] [BF16 <file>...] [ANY <file>...])
+# Adds .cu files where CUDA is on; those of a dtype that this build leaves out are dropped. They compile in
+# <target>_cuda, whose objects are part of <target>, so that a job pool can bound nvcc alone.
+function(mamba_cuda_sources target)
+  cmake_parse_arguments(PARSE_ARGV 1 cuda "" "" "F32;F16;BF16;ANY")
+  if(NOT MAMBA_WITH_CUDA)
+    return()
+  endif()
+  set(files ${cuda_ANY} ${cuda_F32})
+  if(NOT MM_DISABLE_HALF)
+    list(APPEND files ${cuda_F16})
+  endif()
+  if(NOT MM_DISABLE_BF16)
+    list(APPEND files ${cuda_BF16})
+  endif()
+  list(TRANSFORM files PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
+  target_sources(${target}_cuda PRIVATE ${files})
+endfunction()

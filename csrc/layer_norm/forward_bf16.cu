@@ -1,0 +1,7 @@
+#include "layer_norm/forward.cuh"
+
+namespace mamba_native::layer_norm::cuda {
+
+template void forward<BFloat16>(const ForwardParams&, const ForwardPlan&);
+
+}  // namespace mamba_native::layer_norm::cuda

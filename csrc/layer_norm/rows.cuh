@@ -1,0 +1,102 @@
+// How the norm's kernels see their tensors: rows of vectors of kVector elements, of a dtype known at
+// run time, and the sum over the threads that share a row.
+//
+// A block is (threads that share a row, rows side by side); blockDim.x is a multiple of 32, so a warp
+// never holds parts of two rows.
+#pragma once
+
+#include "core/cuda/alignment.h"
+#include "core/cuda/any_dtype.cuh"
+#include "core/cuda/launch.h"
+#include "core/cuda/memory.cuh"
+#include "core/math.h"
+#include "layer_norm/plan.h"
+
+namespace mamba_native::layer_norm::cuda {
+
+using mamba_native::cuda::kDTypeOf;
+using mamba_native::cuda::Stored;
+using mamba_native::cuda::to_floats;
+using mamba_native::cuda::warp_sum;
+using Vector = Stored<kVector>;
+
+// A (M, N) tensor, or (N) as one row.
+struct Rows {
+  void* data = nullptr;  // null: absent
+  DType dtype = DType::f32;
+  bool vectorize = false;
+  std::int64_t row_stride = 0;
+  std::int64_t step = 1;  // between features
+};
+
+inline Rows rows_of(const TensorView& tensor) {
+  Rows rows;
+  if (tensor.present()) {
+    rows.data = tensor.data;
+    rows.dtype = tensor.dtype;
+    rows.vectorize = mamba_native::cuda::moves_vectors(tensor, kVector);
+    rows.row_stride = tensor.dim == 2 ? tensor.stride[0] : 0;
+    rows.step = tensor.stride[tensor.dim - 1];
+  }
+  return rows;
+}
+
+// The kVector elements of `row` from `column` on; those from `features` on read as 0. `dtype` is
+// rows.dtype, or the same as a constant where the kernel knows it.
+__device__ __forceinline__ Vector load_vector(const Rows& rows, DType dtype, std::int64_t row,
+                                              int column, int features) {
+  return mamba_native::cuda::load_stored<kVector>(rows.data, dtype,
+                                                  row * rows.row_stride + column * rows.step,
+                                                  rows.step, features - column, rows.vectorize);
+}
+
+__device__ __forceinline__ void store_vector(const Rows& rows, DType dtype, std::int64_t row,
+                                             int column, int features,
+                                             const float (&values)[kVector]) {
+  mamba_native::cuda::store_stored<kVector>(
+      rows.data, dtype, row * rows.row_stride + column * rows.step, rows.step, features - column,
+      rows.vectorize, mamba_native::cuda::to_stored<kVector>(values, dtype));
+}
+
+// Sums over the threads of a row, `COUNT` values at a time, in an order that never changes. Each sum
+// takes the other half of the slots: a warp that is already writing the next sum cannot overwrite
+// what a slower one still reads, and the barrier of the next sum comes before the halves meet again.
+template <int COUNT>
+class RowSum {
+ public:
+  static constexpr int kSlots = 2 * 32 * COUNT;
+
+  __device__ explicit RowSum(float* slots) : slots_(slots) {}
+
+  __device__ __forceinline__ void operator()(float (&values)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      values[i] = warp_sum(values[i]);
+    }
+    const int warps = static_cast<int>(blockDim.x / 32);
+    if (warps == 1) {
+      return;
+    }
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    float* const mine = slots_ + half_ * (32 * COUNT) + static_cast<int>(threadIdx.y) * warps * COUNT;
+    half_ ^= 1;
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        mine[warp * COUNT + i] = values[i];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      values[i] = warp_sum(lane < warps ? mine[lane * COUNT + i] : 0.0f);
+    }
+  }
+
+ private:
+  float* slots_;
+  int half_ = 0;
+};
+
+}  // namespace mamba_native::layer_norm::cuda

@@ -1,0 +1,275 @@
+#include "selective_scan/cpu.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "core/error.h"
+#include "core/math.h"
+#include "core/parallel_for.h"
+
+namespace mamba_native::selective_scan::cpu {
+namespace {
+
+// Enough slices to keep many cores busy and evenly loaded, few enough to share the conversion of B
+// and C, and the partial sums of dB and dC, among the channels of a slice. The cut is a function of the
+// shape alone, so results do not depend on the number of threads.
+constexpr std::int64_t kSlices = 64;
+
+// Partial dB and dC of all slices take about this many floats (16 MB) at once.
+constexpr std::int64_t kPartialFloats = std::int64_t{4} << 20;
+
+// A thread is worth waking for this many state elements, or elements moved.
+constexpr std::int64_t kWorthAThread = std::int64_t{1} << 15;
+
+std::int64_t grain(std::int64_t work_per_item) {
+  return std::max<std::int64_t>(1, kWorthAThread / std::max<std::int64_t>(1, work_per_item));
+}
+
+const Kernels& kernels_of(Isa isa) {
+  switch (isa) {
+    case Isa::sse2:
+      return kSse2Kernels;
+    case Isa::avx2:
+      return kAvx2Kernels;
+    case Isa::avx512:
+      return kAvx512Kernels;
+    case Isa::plain:
+      break;
+  }
+  fail("selective_scan: no SIMD kernels for instruction set ", static_cast<int>(isa));
+}
+
+// Floats aligned to a cache line, so that no vector load straddles two.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t count) : memory_(static_cast<std::size_t>(count + kLine)) {
+    const std::uintptr_t misalignment = reinterpret_cast<std::uintptr_t>(memory_.data()) % (4 * kLine);
+    first_ = memory_.data() + (misalignment == 0 ? 0 : kLine - misalignment / 4);
+  }
+  float* data() { return first_; }
+
+ private:
+  static constexpr std::size_t kLine = 16;
+  std::vector<float> memory_;
+  float* first_;
+};
+
+class Slices {
+ public:
+  Slices(const Inputs& in, int lanes) : lanes_(lanes), channels_(in.u.size[1]) {
+    const std::int64_t groups = in.B.dim == 4 ? in.B.size[1] : in.C.dim == 4 ? in.C.size[1] : 1;
+    group_channels_ = channels_ / groups;
+    const std::int64_t blocks = ceil_div(group_channels_, lanes);
+    const std::int64_t all_blocks = in.u.size[0] * groups * blocks;
+    slice_blocks_ = std::min(std::max<std::int64_t>(blocks, 1), ceil_div(std::max<std::int64_t>(all_blocks, 1), kSlices));
+    group_slices_ = ceil_div(blocks, slice_blocks_);
+    batch_slices_ = groups * group_slices_;
+    count_ = in.u.size[0] * batch_slices_;
+  }
+
+  std::int64_t count() const { return count_; }
+  std::int64_t per_group() const { return group_slices_; }
+  std::int64_t largest() const { return slice_blocks_ * lanes_; }
+
+  Slice operator[](std::int64_t i) const {
+    const std::int64_t within_batch = i % batch_slices_;
+    const std::int64_t group = within_batch / group_slices_;
+    const std::int64_t begin = within_batch % group_slices_ * largest();
+    return {i / batch_slices_, group, group * group_channels_ + begin,
+            std::min(largest(), group_channels_ - begin)};
+  }
+
+  // The slice that has a channel of a batch entry, and the channel's place in it.
+  std::int64_t index_of(std::int64_t batch, std::int64_t channel) const {
+    return batch * batch_slices_ + channel / group_channels_ * group_slices_ +
+           channel % group_channels_ / largest();
+  }
+  std::int64_t place_of(std::int64_t channel) const { return channel % group_channels_ % largest(); }
+
+ private:
+  std::int64_t lanes_;
+  std::int64_t channels_;
+  std::int64_t group_channels_;
+  std::int64_t slice_blocks_;
+  std::int64_t group_slices_;
+  std::int64_t batch_slices_;
+  std::int64_t count_;
+};
+
+// What the slices of a backward call keep between segments, in the kernels' layout.
+class Quantities {
+ public:
+  Quantities(const Slices& slices, std::int64_t lanes, std::int64_t states)
+      : slices_(slices),
+        lanes_(lanes),
+        states_(states),
+        slice_floats_(slices.largest() * (kQuantities * states + kLaneSums)),
+        memory_(slices.count() * slice_floats_) {}
+
+  float* of_slice(std::int64_t i) { return memory_.data() + i * slice_floats_; }
+
+  float& at(Quantity quantity, std::int64_t batch, std::int64_t channel, std::int64_t state) {
+    const std::int64_t place = slices_.place_of(channel);
+    return block(batch, channel)[(quantity * states_ + state) * lanes_ + place % lanes_];
+  }
+  float& at(LaneSum sum, std::int64_t batch, std::int64_t channel) {
+    const std::int64_t place = slices_.place_of(channel);
+    return block(batch, channel)[(kQuantities * states_ + sum) * lanes_ + place % lanes_];
+  }
+
+ private:
+  float* block(std::int64_t batch, std::int64_t channel) {
+    return of_slice(slices_.index_of(batch, channel)) +
+           slices_.place_of(channel) / lanes_ * lanes_ * (kQuantities * states_ + kLaneSums);
+  }
+
+  const Slices& slices_;
+  std::int64_t lanes_;
+  std::int64_t states_;
+  std::int64_t slice_floats_;
+  Scratch memory_;
+};
+
+float* address(const TensorView& tensor, std::int64_t i, std::int64_t j) {
+  return tensor.as<float>() + i * tensor.stride[0] + j * tensor.stride[1];
+}
+
+// Adds the slices' parts of dB or dC for one segment, in the slices' order.
+void add_parts(const TensorView& to, const Slices& slices, const std::vector<float>& parts,
+               std::int64_t begin, std::int64_t end) {
+  const std::int64_t states = to.size[2];
+  const std::int64_t length = to.size[3];
+  const std::int64_t part_steps = ceil_div(end - begin, kCheckpointInterval) * kCheckpointInterval;
+  parallel_for(to.size[0] * to.size[1] * states, grain(slices.per_group() * (end - begin)), [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t row = first; row < last; ++row) {
+      float* sum = to.as<float>() + row * length + begin;
+      std::fill(sum, sum + (end - begin), 0.0f);
+      for (std::int64_t s = 0; s < slices.per_group(); ++s) {
+        const std::int64_t slice = row / states * slices.per_group() + s;
+        const float* part = parts.data() + (slice * states + row % states) * part_steps;
+        for (std::int64_t t = 0; t < end - begin; ++t) {
+          sum[t] += part[t];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void forward(const ForwardParams& params, Isa isa) {
+  if (isa == Isa::plain) {
+    plain::forward(params);
+    return;
+  }
+  const Kernels& kernels = kernels_of(isa);
+  const Slices slices(params.in, kernels.lanes);
+  const std::int64_t scratch_size = kernels.forward_scratch(params.in.A.size[1], slices.largest());
+  const std::int64_t slice_grain = grain(slices.largest() * params.in.u.size[2] * params.in.A.size[1]);
+  parallel_for(slices.count(), slice_grain, [&](std::int64_t begin, std::int64_t end) {
+    Scratch scratch(scratch_size);
+    for (std::int64_t i = begin; i < end; ++i) {
+      kernels.forward(params, slices[i], scratch.data());
+    }
+  });
+}
+
+void backward(const BackwardParams& params, Isa isa) {
+  if (isa == Isa::plain) {
+    plain::backward(params);
+    return;
+  }
+  const Kernels& kernels = kernels_of(isa);
+  const Inputs& in = params.in;
+  const std::int64_t batch = in.u.size[0];
+  const std::int64_t channels = in.u.size[1];
+  const std::int64_t length = in.u.size[2];
+  const std::int64_t states = in.A.size[1];
+  const Slices slices(in, kernels.lanes);
+  Quantities quantities(slices, kernels.lanes, states);
+
+  if (params.dlast_state.present()) {
+    parallel_for(batch * channels, grain(states), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t b = i / channels, d = i % channels;
+        const float* from = address(params.dlast_state, b, d);
+        for (std::int64_t n = 0; n < states; ++n) {
+          quantities.at(kCarry, b, d, n) = from[n * params.dlast_state.stride[2]];
+        }
+      }
+    });
+  }
+
+  // Backwards through time, a segment at a time: the partial sums of one segment bound the memory.
+  const bool varying_B = in.B.dim == 4;
+  const bool varying_C = in.C.dim == 4;
+  const std::int64_t tiles = ceil_div(length, kCheckpointInterval);
+  const std::int64_t tile_floats =
+      slices.count() * states * kCheckpointInterval * (int{varying_B} + int{varying_C});
+  const std::int64_t segment_tiles =
+      tile_floats == 0 ? std::max<std::int64_t>(tiles, 1) : std::max<std::int64_t>(1, kPartialFloats / tile_floats);
+  const std::int64_t scratch_size = kernels.backward_scratch(states, slices.largest());
+  const std::int64_t slice_grain = grain(slices.largest() * length * states);
+  for (std::int64_t last = tiles; last > 0; last -= std::min(last, segment_tiles)) {
+    const std::int64_t first = std::max<std::int64_t>(0, last - segment_tiles);
+    const std::int64_t part_floats = states * (last - first) * kCheckpointInterval;
+    const std::size_t all_parts = static_cast<std::size_t>(slices.count() * part_floats);
+    std::vector<float> dB_parts(varying_B ? all_parts : 0);
+    std::vector<float> dC_parts(varying_C ? all_parts : 0);
+    parallel_for(slices.count(), slice_grain, [&](std::int64_t begin, std::int64_t end) {
+      Scratch scratch(scratch_size);
+      for (std::int64_t i = begin; i < end; ++i) {
+        const Segment segment = {first, last, varying_B ? dB_parts.data() + i * part_floats : nullptr,
+                                 varying_C ? dC_parts.data() + i * part_floats : nullptr};
+        kernels.backward(params, slices[i], segment, quantities.of_slice(i), scratch.data());
+      }
+    });
+    const std::int64_t begin = first * kCheckpointInterval;
+    const std::int64_t end = std::min(length, last * kCheckpointInterval);
+    if (varying_B) {
+      add_parts(params.dB, slices, dB_parts, begin, end);
+    }
+    if (varying_C) {
+      add_parts(params.dC, slices, dC_parts, begin, end);
+    }
+  }
+
+  // Sums over the batch, in its order, and the gradient that is left at the beginning of time.
+  parallel_for(channels, grain(batch * states), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t d = begin; d < end; ++d) {
+      for (std::int64_t n = 0; n < states; ++n) {
+        float dA = 0, dB = 0, dC = 0;
+        for (std::int64_t b = 0; b < batch; ++b) {
+          dA += quantities.at(kSumA, b, d, n);
+          dB += quantities.at(kSumB, b, d, n);
+          dC += quantities.at(kSumC, b, d, n);
+          if (params.dinitial_state.present()) {
+            address(params.dinitial_state, b, d)[n * params.dinitial_state.stride[2]] =
+                quantities.at(kCarry, b, d, n);
+          }
+        }
+        *address(params.dA, d, n) = dA;
+        if (!varying_B) {
+          *address(params.dB, d, n) = dB;
+        }
+        if (!varying_C) {
+          *address(params.dC, d, n) = dC;
+        }
+      }
+      float dD = 0, ddelta_bias = 0;
+      for (std::int64_t b = 0; b < batch; ++b) {
+        dD += quantities.at(kSumD, b, d);
+        ddelta_bias += quantities.at(kSumBias, b, d);
+      }
+      if (params.dD.present()) {
+        params.dD.as<float>()[d * params.dD.stride[0]] = dD;
+      }
+      if (params.ddelta_bias.present()) {
+        params.ddelta_bias.as<float>()[d * params.ddelta_bias.stride[0]] = ddelta_bias;
+      }
+    }
+  });
+}
+
+}  // namespace mamba_native::selective_scan::cpu

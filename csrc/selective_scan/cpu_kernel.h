@@ -1,0 +1,745 @@
+// The scan in SIMD, written once and compiled per instruction set.
+//
+//   h[t] = exp(delta[t] A) h[t-1] + delta[t] u[t] B[t]        y[t] = sum_n C[t] h[t]
+//
+// Mapping: a vector holds one state of `lanes` channels, so the sum over states stays within a lane and
+// B[n,t], C[n,t], which those channels share, are broadcast from memory. A block of channels runs
+// through a tile of time for a few states at once, which live in registers; y accumulates in the tile.
+// Tiles are float32 [step][lane] in L1 or L2; loading one transposes and converts, and pads missing
+// channels and steps with zeros, for which the recurrence is inert (delta = 0: decay 1, input 0).
+//
+// exp(delta A) is 2^(delta A'), A' = A log2(e).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/cpu/simd.h"
+#include "core/math.h"
+#include "selective_scan/cpu.h"
+
+namespace mamba_native::selective_scan::cpu {
+
+using mamba_native::cpu::kLanes;
+using mamba_native::cpu::Vec;
+
+// Steps of a tile. Forward's are short, so that B and C of 16 states and the block's tiles stay in L1.
+// Backward's end at the checkpoints that it starts from.
+inline constexpr int kForwardSteps = 64;
+inline constexpr int kBackwardSteps = static_cast<int>(kCheckpointInterval);
+static_assert(kBackwardSteps % kForwardSteps == 0, "a checkpoint is the state between two tiles");
+
+// States that advance together: enough to hide the latency of the chain over time.
+inline constexpr int kForwardStates = 4;
+inline constexpr int kBackwardStates = 2;
+
+// Cuts aligned arrays out of the scratch that the caller gave. A line of padding after each keeps arrays
+// of the same power-of-two size out of each other's cache sets.
+template <class Arch>
+class Arena {
+ public:
+  static constexpr std::int64_t kLine = 16;
+
+  MAMBA_ALWAYS_INLINE explicit Arena(float* memory) : next_(memory) {}
+
+  static MAMBA_ALWAYS_INLINE std::int64_t size_of(std::int64_t count) {
+    return (count + kLine - 1) / kLine * kLine + kLine;
+  }
+  MAMBA_ALWAYS_INLINE float* take(std::int64_t count) {
+    float* const first = next_;
+    next_ += size_of(count);
+    return first;
+  }
+
+ private:
+  float* next_;
+};
+
+// ---- moving data between tensors and float tiles ----
+
+// Transposes run in squares of at most 8 x 8: what xsimd has shuffles for.
+template <class Arch>
+using SquareArch = std::conditional_t<(kLanes<Arch> > 8), xsimd::avx2, Arch>;
+
+template <class Arch>
+MAMBA_ALWAYS_INLINE void assign(float* to, float value) {
+  *to = value;
+}
+template <class Arch>
+MAMBA_ALWAYS_INLINE void assign(Half* to, float value) {
+  *to = round_to_f16(value);
+}
+template <class Arch>
+MAMBA_ALWAYS_INLINE void assign(BFloat16* to, float value) {
+  *to = round_to_bf16(value);
+}
+
+// to[step][lane] = from[lane * channel + step * time] for `steps` steps of `channels` channels; zero for
+// the other lanes, and for further steps up to a multiple of kLanes.
+template <class Arch, class T>
+void load_tile(const T* from, std::int64_t channel, std::int64_t time, int channels, int steps, float* to) {
+  constexpr int kWidth = kLanes<Arch>;
+  using Square = SquareArch<Arch>;
+  constexpr int kSide = kLanes<Square>;
+  int t = 0;
+  if (time == 1) {
+    for (; t + kSide <= steps; t += kSide) {
+      for (int first = 0; first < kWidth; first += kSide) {
+        Vec<Square> rows[kSide];
+        for (int i = 0; i < kSide; ++i) {
+          rows[i] = first + i < channels ? mamba_native::cpu::load<Square>(from + (first + i) * channel + t)
+                                         : Vec<Square>(0.0f);
+        }
+        xsimd::transpose(rows, rows + kSide);
+        for (int i = 0; i < kSide; ++i) {
+          rows[i].store_unaligned(to + (t + i) * kWidth + first);
+        }
+      }
+    }
+  } else if (channel == 1 && channels == kWidth) {
+    for (; t < steps; ++t) {
+      mamba_native::cpu::load<Arch>(from + t * time).store_unaligned(to + t * kWidth);
+    }
+  }
+  for (; t < steps; ++t) {
+    for (int c = 0; c < kWidth; ++c) {
+      to[t * kWidth + c] = c < channels ? to_float(from[c * channel + t * time]) : 0.0f;
+    }
+  }
+  for (; t % kWidth != 0; ++t) {
+    Vec<Arch>(0.0f).store_unaligned(to + t * kWidth);
+  }
+}
+
+template <class Arch, class T>
+void store_tile(T* to, std::int64_t channel, std::int64_t time, int channels, int steps, const float* from) {
+  constexpr int kWidth = kLanes<Arch>;
+  using Square = SquareArch<Arch>;
+  constexpr int kSide = kLanes<Square>;
+  int t = 0;
+  if (time == 1) {
+    for (; t + kSide <= steps; t += kSide) {
+      for (int first = 0; first < channels; first += kSide) {
+        Vec<Square> rows[kSide];
+        for (int i = 0; i < kSide; ++i) {
+          rows[i] = Vec<Square>::load_unaligned(from + (t + i) * kWidth + first);
+        }
+        xsimd::transpose(rows, rows + kSide);
+        for (int i = 0; i < kSide; ++i) {
+          if (first + i < channels) {
+            mamba_native::cpu::store<Square>(to + (first + i) * channel + t, rows[i]);
+          }
+        }
+      }
+    }
+  } else if (channel == 1 && channels == kWidth) {
+    for (; t < steps; ++t) {
+      mamba_native::cpu::store<Arch>(to + t * time, Vec<Arch>::load_unaligned(from + t * kWidth));
+    }
+  }
+  for (; t < steps; ++t) {
+    for (int c = 0; c < channels; ++c) {
+      assign<Arch>(to + c * channel + t * time, from[t * kWidth + c]);
+    }
+  }
+}
+
+// to[state][step], STEPS to a row = from[state * row + step * time]; zero for further steps up to a
+// multiple of kLanes.
+template <class Arch, int STEPS, class T>
+void load_rows(const T* from, std::int64_t row, std::int64_t time, std::int64_t states, int steps, float* to) {
+  constexpr int kWidth = kLanes<Arch>;
+  for (std::int64_t n = 0; n < states; ++n, from += row, to += STEPS) {
+    int t = 0;
+    if (time == 1) {
+      for (; t + kWidth <= steps; t += kWidth) {
+        mamba_native::cpu::load<Arch>(from + t).store_unaligned(to + t);
+      }
+    }
+    for (; t < steps; ++t) {
+      to[t] = to_float(from[t * time]);
+    }
+    for (; t % kWidth != 0; ++t) {
+      to[t] = 0.0f;
+    }
+  }
+}
+
+// The same for views of (B, D, L), starting at a batch entry, channel and step, and for B or C of
+// (B, G, N, L), starting at a batch entry, group and step.
+struct Place {
+  std::int64_t batch;
+  std::int64_t row;
+  std::int64_t time;
+};
+
+template <class Arch, class T>
+MAMBA_ALWAYS_INLINE T* at(const TensorView& view, const Place& place) {
+  return static_cast<T*>(view.data) + place.batch * view.stride[0] + place.row * view.stride[1] +
+         place.time * view.stride[view.dim - 1];
+}
+
+template <class Arch>
+void load_tile(const TensorView& view, const Place& place, int channels, int steps, float* to) {
+  const std::int64_t channel = view.stride[1];
+  const std::int64_t time = view.stride[2];
+  if (view.dtype == DType::f32) {
+    load_tile<Arch>(at<Arch, const float>(view, place), channel, time, channels, steps, to);
+  } else if (view.dtype == DType::f16) {
+    load_tile<Arch>(at<Arch, const Half>(view, place), channel, time, channels, steps, to);
+  } else {
+    load_tile<Arch>(at<Arch, const BFloat16>(view, place), channel, time, channels, steps, to);
+  }
+}
+
+template <class Arch>
+void store_tile(const TensorView& view, const Place& place, int channels, int steps, const float* from) {
+  const std::int64_t channel = view.stride[1];
+  const std::int64_t time = view.stride[2];
+  if (view.dtype == DType::f32) {
+    store_tile<Arch>(at<Arch, float>(view, place), channel, time, channels, steps, from);
+  } else if (view.dtype == DType::f16) {
+    store_tile<Arch>(at<Arch, Half>(view, place), channel, time, channels, steps, from);
+  } else {
+    store_tile<Arch>(at<Arch, BFloat16>(view, place), channel, time, channels, steps, from);
+  }
+}
+
+template <class Arch, int STEPS>
+void load_rows(const TensorView& view, const Place& place, int steps, float* to) {
+  const std::int64_t row = view.stride[2];
+  const std::int64_t time = view.stride[3];
+  const std::int64_t states = view.size[2];
+  if (view.dtype == DType::f32) {
+    load_rows<Arch, STEPS>(at<Arch, const float>(view, place), row, time, states, steps, to);
+  } else if (view.dtype == DType::f16) {
+    load_rows<Arch, STEPS>(at<Arch, const Half>(view, place), row, time, states, steps, to);
+  } else {
+    load_rows<Arch, STEPS>(at<Arch, const BFloat16>(view, place), row, time, states, steps, to);
+  }
+}
+
+// [state][lane] = scale from[lane * channel + state * step], zero for missing channels, and back.
+template <class Arch>
+void gather(const float* from, std::int64_t channel, std::int64_t step, int channels, std::int64_t states,
+            float scale, float* to) {
+  for (std::int64_t n = 0; n < states; ++n) {
+    for (int c = 0; c < kLanes<Arch>; ++c) {
+      to[n * kLanes<Arch> + c] = c < channels ? scale * from[c * channel + n * step] : 0.0f;
+    }
+  }
+}
+
+template <class Arch>
+void scatter(float* to, std::int64_t channel, std::int64_t step, int channels, std::int64_t states,
+             const float* from) {
+  for (std::int64_t n = 0; n < states; ++n) {
+    for (int c = 0; c < channels; ++c) {
+      to[c * channel + n * step] = from[n * kLanes<Arch> + c];
+    }
+  }
+}
+
+// One value per channel, from a view of (D); zero where absent.
+template <class Arch>
+Vec<Arch> gather_lanes(const TensorView& view, std::int64_t first, int channels) {
+  alignas(64) float lanes[kLanes<Arch>];
+  for (int c = 0; c < kLanes<Arch>; ++c) {
+    lanes[c] = view.dim >= 0 && c < channels
+                   ? static_cast<const float*>(view.data)[(first + c) * view.stride[0]]
+                   : 0.0f;
+  }
+  return Vec<Arch>::load_unaligned(lanes);
+}
+
+// B or C of some states: a row of steps each, shared by the channels (VARYING), or a vector each that
+// holds for all time.
+template <class Arch, int STEPS, bool VARYING>
+MAMBA_ALWAYS_INLINE Vec<Arch> projection(const float* from, int state, int step) {
+  if constexpr (VARYING) {
+    return Vec<Arch>(from[state * STEPS + step]);
+  } else {
+    return Vec<Arch>::load_unaligned(from + state * kLanes<Arch>);
+  }
+}
+
+// Floats between the projections of two successive states.
+template <class Arch, int STEPS>
+MAMBA_ALWAYS_INLINE std::int64_t projection_stride(const TensorView& view) {
+  return view.dim == 4 ? STEPS : kLanes<Arch>;
+}
+
+// ---- forward ----
+
+// STATES states of one block through one tile: y += C h, h is updated.
+template <class Arch, int STATES, bool VARYING_B, bool VARYING_C>
+void forward_states(int steps, const float* a, const float* b, const float* c, const float* delta,
+                    const float* x, float* y, float* h) {
+  using V = Vec<Arch>;
+  constexpr int kWidth = kLanes<Arch>;
+  V decay_rate[STATES];
+  V state[STATES];
+  for (int k = 0; k < STATES; ++k) {
+    decay_rate[k] = V::load_unaligned(a + k * kWidth);
+    state[k] = V::load_unaligned(h + k * kWidth);
+  }
+  for (int t = 0; t < steps; ++t) {
+    const V step_delta = V::load_unaligned(delta + t * kWidth);
+    const V step_x = V::load_unaligned(x + t * kWidth);
+    V step_y = V::load_unaligned(y + t * kWidth);
+    for (int k = 0; k < STATES; ++k) {
+      const V decay = mamba_native::cpu::exp2_decay<Arch>(step_delta * decay_rate[k]);
+      const V input = projection<Arch, kForwardSteps, VARYING_B>(b, k, t) * step_x;
+      state[k] = xsimd::fma(state[k], decay, input);
+      step_y = xsimd::fma(state[k], projection<Arch, kForwardSteps, VARYING_C>(c, k, t), step_y);
+    }
+    step_y.store_unaligned(y + t * kWidth);
+  }
+  for (int k = 0; k < STATES; ++k) {
+    state[k].store_unaligned(h + k * kWidth);
+  }
+}
+
+using ForwardStates = void (*)(int steps, const float* a, const float* b, const float* c,
+                               const float* delta, const float* x, float* y, float* h);
+
+template <class Arch, int STATES>
+ForwardStates forward_states_for(bool varying_B, bool varying_C) {
+  if (varying_B) {
+    return varying_C ? &forward_states<Arch, STATES, true, true> : &forward_states<Arch, STATES, true, false>;
+  }
+  return varying_C ? &forward_states<Arch, STATES, false, true> : &forward_states<Arch, STATES, false, false>;
+}
+
+// What a block of channels keeps through time: [state][lane] each.
+template <class Arch>
+struct BlockConstants {
+  static constexpr int kArrays = 3;
+
+  BlockConstants(float* memory, std::int64_t states)
+      : a(memory), b(a + states * kLanes<Arch>), c(b + states * kLanes<Arch>) {}
+
+  void load(const Inputs& in, std::int64_t first, int channels, std::int64_t states) const {
+    gather<Arch>(static_cast<const float*>(in.A.data) + first * in.A.stride[0], in.A.stride[0],
+                 in.A.stride[1], channels, states, kLog2E, a);
+    if (in.B.dim == 2) {
+      gather<Arch>(static_cast<const float*>(in.B.data) + first * in.B.stride[0], in.B.stride[0],
+                   in.B.stride[1], channels, states, 1.0f, b);
+    }
+    if (in.C.dim == 2) {
+      gather<Arch>(static_cast<const float*>(in.C.data) + first * in.C.stride[0], in.C.stride[0],
+                   in.C.stride[1], channels, states, 1.0f, c);
+    }
+  }
+
+  float* a;  // A log2(e)
+  float* b;  // B and C where they are static
+  float* c;
+};
+
+template <class Arch>
+std::int64_t forward_scratch(std::int64_t states, std::int64_t channels) {
+  using A = Arena<Arch>;
+  return 2 * A::size_of(states * kForwardSteps) + 3 * A::size_of(kForwardSteps * kLanes<Arch>) +
+         A::size_of((BlockConstants<Arch>::kArrays + 1) * states * channels);
+}
+
+template <class Arch>
+void forward_slice(const ForwardParams& params, const Slice& slice, float* scratch) {
+  using V = Vec<Arch>;
+  constexpr int kWidth = kLanes<Arch>;
+  const Inputs& in = params.in;
+  const std::int64_t states = in.A.size[1];
+  const std::int64_t length = in.u.size[2];
+  const bool varying_B = in.B.dim == 4;
+  const bool varying_C = in.C.dim == 4;
+  const bool gated = in.z.dim >= 0;
+  const ForwardStates run = forward_states_for<Arch, kForwardStates>(varying_B, varying_C);
+  const ForwardStates run_one = forward_states_for<Arch, 1>(varying_B, varying_C);
+
+  Arena<Arch> arena(scratch);
+  float* const rows_B = arena.take(states * kForwardSteps);
+  float* const rows_C = arena.take(states * kForwardSteps);
+  float* const delta = arena.take(kForwardSteps * kWidth);
+  float* const x = arena.take(kForwardSteps * kWidth);
+  float* const y = arena.take(kForwardSteps * kWidth);
+  const std::int64_t block_floats = states * kWidth;
+  constexpr int kBlockArrays = BlockConstants<Arch>::kArrays + 1;
+  float* const blocks = arena.take(kBlockArrays * states * ((slice.count + kWidth - 1) / kWidth * kWidth));
+
+  for (std::int64_t done = 0; done < slice.count; done += kWidth) {
+    const std::int64_t first = slice.first + done;
+    const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+    float* const block = blocks + done / kWidth * kBlockArrays * block_floats;
+    BlockConstants<Arch>(block, states).load(in, first, channels, states);
+    float* const h = block + BlockConstants<Arch>::kArrays * block_floats;
+    if (in.initial_state.dim >= 0) {
+      gather<Arch>(at<Arch, const float>(in.initial_state, {slice.batch, first, 0}),
+                   in.initial_state.stride[1], in.initial_state.stride[2], channels, states, 1.0f, h);
+    } else {
+      gather<Arch>(nullptr, 0, 0, 0, states, 1.0f, h);
+    }
+  }
+
+  for (std::int64_t start = 0; start < length; start += kForwardSteps) {
+    const int steps = static_cast<int>(length - start < kForwardSteps ? length - start : kForwardSteps);
+    if (varying_B) {
+      load_rows<Arch, kForwardSteps>(in.B, {slice.batch, slice.group, start}, steps, rows_B);
+    }
+    if (varying_C) {
+      load_rows<Arch, kForwardSteps>(in.C, {slice.batch, slice.group, start}, steps, rows_C);
+    }
+    for (std::int64_t done = 0; done < slice.count; done += kWidth) {
+      const std::int64_t first = slice.first + done;
+      const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+      const Place place = {slice.batch, first, start};
+      float* const block = blocks + done / kWidth * kBlockArrays * block_floats;
+      const BlockConstants<Arch> constants(block, states);
+      float* const h = block + BlockConstants<Arch>::kArrays * block_floats;
+      if (start % kCheckpointInterval == 0) {
+        const TensorView& to = params.checkpoints;
+        scatter<Arch>(static_cast<float*>(to.data) + slice.batch * to.stride[0] + first * to.stride[1] +
+                          start / kCheckpointInterval * states,
+                      to.stride[1], 1, channels, states, h);
+      }
+
+      load_tile<Arch>(in.delta, place, channels, steps, delta);
+      load_tile<Arch>(in.u, place, channels, steps, x);
+      const V bias = gather_lanes<Arch>(in.delta_bias, first, channels);
+      const V skip = gather_lanes<Arch>(in.D, first, channels);
+      for (int i = 0; i < steps * kWidth; i += kWidth) {
+        V step_delta = V::load_unaligned(delta + i) + bias;
+        if (in.delta_softplus) {
+          step_delta = mamba_native::cpu::softplus<Arch>(step_delta);
+        }
+        const V u = V::load_unaligned(x + i);
+        step_delta.store_unaligned(delta + i);
+        (step_delta * u).store_unaligned(x + i);
+        (skip * u).store_unaligned(y + i);
+      }
+
+      const std::int64_t stride_B = projection_stride<Arch, kForwardSteps>(in.B);
+      const std::int64_t stride_C = projection_stride<Arch, kForwardSteps>(in.C);
+      const float* const b = varying_B ? rows_B : constants.b;
+      const float* const c = varying_C ? rows_C : constants.c;
+      std::int64_t n = 0;
+      for (; n + kForwardStates <= states; n += kForwardStates) {
+        run(steps, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, delta, x, y, h + n * kWidth);
+      }
+      for (; n < states; ++n) {
+        run_one(steps, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, delta, x, y,
+                h + n * kWidth);
+      }
+
+      if (gated) {
+        load_tile<Arch>(in.z, place, channels, steps, x);
+        for (int i = 0; i < steps * kWidth; i += kWidth) {
+          const V gate = mamba_native::cpu::silu<Arch>(V::load_unaligned(x + i));
+          (V::load_unaligned(y + i) * gate).store_unaligned(y + i);
+        }
+      }
+      store_tile<Arch>(params.out, place, channels, steps, y);
+    }
+  }
+
+  for (std::int64_t done = 0; done < slice.count; done += kWidth) {
+    const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+    const TensorView& to = params.last_state;
+    scatter<Arch>(at<Arch, float>(to, {slice.batch, slice.first + done, 0}), to.stride[1], to.stride[2],
+                  channels, states,
+                  blocks + (done / kWidth * kBlockArrays + BlockConstants<Arch>::kArrays) * block_floats);
+  }
+}
+
+// ---- backward ----
+
+// What STATES states of one block read and write in one tile of backward.
+struct BackwardTile {
+  const float* delta;  // [step][lane]
+  const float* x;      // delta u
+  const float* g;      // dL/dy
+  float* y;            // += C h
+  float* sum_qB;       // += q B, summed over states
+  float* sum_qAa;      // += q A' exp(delta A) h[t-1]
+  float* history;      // scratch: h[t-1] and h[t], [state][step + 1][lane]
+  float* decays;       // scratch: exp(delta A), [state][step][lane]
+};
+
+// Adds the sums over lanes of `kLanes` vectors, one per step, to consecutive floats.
+template <class Arch>
+MAMBA_ALWAYS_INLINE void add_lane_sums(const Vec<Arch>* rows, float* to) {
+  (Vec<Arch>::load_unaligned(to) + xsimd::haddp(rows)).store_unaligned(to);
+}
+
+// Recomputes the states of the tile from `h`, the state that enters it, then walks back through it:
+//   q[t]  = C[t] g[t] + carry,  carry <- exp(delta[t] A) q[t]
+//   dC[t] = g h[t],  dB[t] = x q[t],  summed over channels
+// `quantities` are the block's, at the first of these states; dB and dC rows have `row` floats.
+template <class Arch, int STATES, bool VARYING_B, bool VARYING_C>
+void backward_states(int steps, const float* a, const float* b, const float* c, const float* h,
+                     const BackwardTile& tile, float* quantities, std::int64_t quantity_floats, float* dB,
+                     float* dC, std::int64_t row) {
+  using V = Vec<Arch>;
+  constexpr int kWidth = kLanes<Arch>;
+  constexpr int kHistory = (kBackwardSteps + 1) * kWidth + Arena<Arch>::kLine;
+  constexpr int kDecays = kBackwardSteps * kWidth + Arena<Arch>::kLine;
+  V decay_rate[STATES];
+  V state[STATES];
+  for (int k = 0; k < STATES; ++k) {
+    decay_rate[k] = V::load_unaligned(a + k * kWidth);
+    state[k] = V::load_unaligned(h + k * kWidth);
+    state[k].store_unaligned(tile.history + k * kHistory);
+  }
+  for (int t = 0; t < steps; ++t) {
+    const V delta = V::load_unaligned(tile.delta + t * kWidth);
+    const V x = V::load_unaligned(tile.x + t * kWidth);
+    V y = V::load_unaligned(tile.y + t * kWidth);
+    for (int k = 0; k < STATES; ++k) {
+      const V decay = mamba_native::cpu::exp2_decay<Arch>(delta * decay_rate[k]);
+      state[k] = xsimd::fma(state[k], decay, projection<Arch, kBackwardSteps, VARYING_B>(b, k, t) * x);
+      y = xsimd::fma(state[k], projection<Arch, kBackwardSteps, VARYING_C>(c, k, t), y);
+      decay.store_unaligned(tile.decays + k * kDecays + t * kWidth);
+      state[k].store_unaligned(tile.history + k * kHistory + (t + 1) * kWidth);
+    }
+    y.store_unaligned(tile.y + t * kWidth);
+  }
+
+  V carry[STATES];
+  V sum_A[STATES];
+  V sum_B[STATES];
+  V sum_C[STATES];
+  for (int k = 0; k < STATES; ++k) {
+    carry[k] = V::load_unaligned(quantities + kCarry * quantity_floats + k * kWidth);
+    sum_A[k] = V(0.0f);
+    sum_B[k] = V(0.0f);
+    sum_C[k] = V(0.0f);
+  }
+  for (int start = (steps - 1) / kWidth * kWidth; start >= 0; start -= kWidth) {
+    V rows_B[STATES][kWidth];
+    V rows_C[STATES][kWidth];
+    for (int i = kWidth - 1; i >= 0; --i) {
+      const int t = start + i;
+      const V delta = V::load_unaligned(tile.delta + t * kWidth);
+      const V x = V::load_unaligned(tile.x + t * kWidth);
+      const V g = V::load_unaligned(tile.g + t * kWidth);
+      V sum_qB = V::load_unaligned(tile.sum_qB + t * kWidth);
+      V sum_qAa = V::load_unaligned(tile.sum_qAa + t * kWidth);
+      for (int k = 0; k < STATES; ++k) {
+        const V q = xsimd::fma(projection<Arch, kBackwardSteps, VARYING_C>(c, k, t), g, carry[k]);
+        const float* const now = tile.history + k * kHistory + (t + 1) * kWidth;
+        if constexpr (VARYING_C) {
+          rows_C[k][i] = V::load_unaligned(now) * g;
+        } else {
+          sum_C[k] = xsimd::fma(V::load_unaligned(now), g, sum_C[k]);
+        }
+        if constexpr (VARYING_B) {
+          rows_B[k][i] = q * x;
+        } else {
+          sum_B[k] = xsimd::fma(q, x, sum_B[k]);
+        }
+        sum_qB = xsimd::fma(q, projection<Arch, kBackwardSteps, VARYING_B>(b, k, t), sum_qB);
+        carry[k] = V::load_unaligned(tile.decays + k * kDecays + t * kWidth) * q;
+        const V qa = carry[k] * V::load_unaligned(now - kWidth);
+        sum_qAa = xsimd::fma(qa, decay_rate[k], sum_qAa);
+        sum_A[k] = xsimd::fma(qa, delta, sum_A[k]);
+      }
+      sum_qB.store_unaligned(tile.sum_qB + t * kWidth);
+      sum_qAa.store_unaligned(tile.sum_qAa + t * kWidth);
+    }
+    for (int k = 0; k < STATES; ++k) {
+      if constexpr (VARYING_B) {
+        add_lane_sums<Arch>(rows_B[k], dB + k * row + start);
+      }
+      if constexpr (VARYING_C) {
+        add_lane_sums<Arch>(rows_C[k], dC + k * row + start);
+      }
+    }
+  }
+  for (int k = 0; k < STATES; ++k) {
+    float* const to = quantities + k * kWidth;
+    carry[k].store_unaligned(to + kCarry * quantity_floats);
+    (V::load_unaligned(to + kSumA * quantity_floats) + sum_A[k]).store_unaligned(to + kSumA * quantity_floats);
+    (V::load_unaligned(to + kSumB * quantity_floats) + sum_B[k]).store_unaligned(to + kSumB * quantity_floats);
+    (V::load_unaligned(to + kSumC * quantity_floats) + sum_C[k]).store_unaligned(to + kSumC * quantity_floats);
+  }
+}
+
+using BackwardStates = void (*)(int steps, const float* a, const float* b, const float* c, const float* h,
+                                const BackwardTile& tile, float* quantities, std::int64_t quantity_floats,
+                                float* dB, float* dC, std::int64_t row);
+
+template <class Arch, int STATES>
+BackwardStates backward_states_for(bool varying_B, bool varying_C) {
+  if (varying_B) {
+    return varying_C ? &backward_states<Arch, STATES, true, true>
+                     : &backward_states<Arch, STATES, true, false>;
+  }
+  return varying_C ? &backward_states<Arch, STATES, false, true>
+                   : &backward_states<Arch, STATES, false, false>;
+}
+
+inline constexpr int kBackwardTiles = 7;
+
+template <class Arch>
+std::int64_t backward_scratch(std::int64_t states, std::int64_t channels) {
+  using A = Arena<Arch>;
+  constexpr std::int64_t kTile = kBackwardSteps * kLanes<Arch>;
+  return 2 * A::size_of(states * kBackwardSteps) + kBackwardTiles * A::size_of(kTile) +
+         A::size_of(kBackwardStates * (kTile + kLanes<Arch> + A::kLine)) +
+         A::size_of(kBackwardStates * (kTile + A::kLine)) + A::size_of(states * kLanes<Arch>) +
+         A::size_of(BlockConstants<Arch>::kArrays * states * channels);
+}
+
+template <class Arch>
+void backward_slice(const BackwardParams& params, const Slice& slice, const Segment& segment,
+                    float* quantities, float* scratch) {
+  using V = Vec<Arch>;
+  constexpr int kWidth = kLanes<Arch>;
+  constexpr int kTile = kBackwardSteps * kWidth;
+  const Inputs& in = params.in;
+  const std::int64_t states = in.A.size[1];
+  const std::int64_t length = in.u.size[2];
+  const bool varying_B = in.B.dim == 4;
+  const bool varying_C = in.C.dim == 4;
+  const bool gated = in.z.dim >= 0;
+  const BackwardStates run = backward_states_for<Arch, kBackwardStates>(varying_B, varying_C);
+  const BackwardStates run_one = backward_states_for<Arch, 1>(varying_B, varying_C);
+  const std::int64_t row = (segment.last_tile - segment.first_tile) * kBackwardSteps;
+  const std::int64_t block_floats = states * kWidth;
+
+  Arena<Arch> arena(scratch);
+  float* const rows_B = arena.take(states * kBackwardSteps);
+  float* const rows_C = arena.take(states * kBackwardSteps);
+  float* const u = arena.take(kTile);
+  float* const delta = arena.take(kTile);
+  float* const x = arena.take(kTile);
+  float* const g = arena.take(kTile);
+  float* const y = arena.take(kTile);
+  float* const sum_qB = arena.take(kTile);
+  float* const sum_qAa = arena.take(kTile);
+  float* const history = arena.take(kBackwardStates * (kTile + kWidth + Arena<Arch>::kLine));
+  float* const decays = arena.take(kBackwardStates * (kTile + Arena<Arch>::kLine));
+  float* const h = arena.take(block_floats);
+  float* const blocks =
+      arena.take(BlockConstants<Arch>::kArrays * states * ((slice.count + kWidth - 1) / kWidth * kWidth));
+  const BackwardTile tile = {delta, x, g, y, sum_qB, sum_qAa, history, decays};
+
+  for (std::int64_t done = 0; done < slice.count; done += kWidth) {
+    const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+    BlockConstants<Arch>(blocks + done / kWidth * BlockConstants<Arch>::kArrays * block_floats, states)
+        .load(in, slice.first + done, channels, states);
+  }
+
+  for (std::int64_t k = segment.last_tile - 1; k >= segment.first_tile; --k) {
+    const std::int64_t start = k * kBackwardSteps;
+    const int steps = static_cast<int>(length - start < kBackwardSteps ? length - start : kBackwardSteps);
+    const int padded = (steps + kWidth - 1) / kWidth * kWidth;
+    const std::int64_t in_segment = (k - segment.first_tile) * kBackwardSteps;
+    if (varying_B) {
+      load_rows<Arch, kBackwardSteps>(in.B, {slice.batch, slice.group, start}, steps, rows_B);
+    }
+    if (varying_C) {
+      load_rows<Arch, kBackwardSteps>(in.C, {slice.batch, slice.group, start}, steps, rows_C);
+    }
+    for (std::int64_t done = 0; done < slice.count; done += kWidth) {
+      const std::int64_t first = slice.first + done;
+      const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+      const Place place = {slice.batch, first, start};
+      const BlockConstants<Arch> constants(
+          blocks + done / kWidth * BlockConstants<Arch>::kArrays * block_floats, states);
+      float* const block_quantities = quantities + done * (kQuantities * states + kLaneSums);
+      const V bias = gather_lanes<Arch>(in.delta_bias, first, channels);
+      const V skip = gather_lanes<Arch>(in.D, first, channels);
+
+      load_tile<Arch>(in.delta, place, channels, steps, delta);
+      load_tile<Arch>(in.u, place, channels, steps, u);
+      load_tile<Arch>(params.dout, place, channels, steps, g);
+      if (gated) {
+        load_tile<Arch>(in.z, place, channels, steps, y);
+      }
+      for (int i = 0; i < padded * kWidth; i += kWidth) {
+        V step_delta = V::load_unaligned(delta + i);
+        if (i < steps * kWidth) {  // the padding's delta stays 0
+          step_delta = step_delta + bias;
+          if (in.delta_softplus) {
+            step_delta = mamba_native::cpu::softplus<Arch>(step_delta);
+          }
+        }
+        const V step_u = V::load_unaligned(u + i);
+        step_delta.store_unaligned(delta + i);
+        (step_delta * step_u).store_unaligned(x + i);
+        if (gated) {
+          const V gate = mamba_native::cpu::silu<Arch>(V::load_unaligned(y + i));
+          (V::load_unaligned(g + i) * gate).store_unaligned(g + i);
+        }
+        (skip * step_u).store_unaligned(y + i);
+        V(0.0f).store_unaligned(sum_qB + i);
+        V(0.0f).store_unaligned(sum_qAa + i);
+      }
+      const TensorView& from = params.checkpoints;
+      gather<Arch>(static_cast<const float*>(from.data) + slice.batch * from.stride[0] +
+                       first * from.stride[1] + k * states,
+                   from.stride[1], 1, channels, states, 1.0f, h);
+
+      const std::int64_t stride_B = projection_stride<Arch, kBackwardSteps>(in.B);
+      const std::int64_t stride_C = projection_stride<Arch, kBackwardSteps>(in.C);
+      const float* const b = varying_B ? rows_B : constants.b;
+      const float* const c = varying_C ? rows_C : constants.c;
+      float* const dB = varying_B ? segment.dB + in_segment : nullptr;
+      float* const dC = varying_C ? segment.dC + in_segment : nullptr;
+      for (std::int64_t n = 0; n < states;) {
+        const bool several = n + kBackwardStates <= states;
+        (several ? run : run_one)(padded, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C,
+                                  h + n * kWidth, tile, block_quantities + n * kWidth, block_floats,
+                                  varying_B ? dB + n * row : nullptr, varying_C ? dC + n * row : nullptr, row);
+        n += several ? kBackwardStates : 1;
+      }
+
+      // From the sums over states to gradients, in place: sum_qB becomes du, sum_qAa becomes ddelta.
+      // x is free for the inputs that are read once more: delta before softplus, then dout and z.
+      load_tile<Arch>(in.delta, place, channels, steps, x);
+      float* const lane_sums = block_quantities + kQuantities * block_floats;
+      V sum_D = V::load_unaligned(lane_sums + kSumD * kWidth);
+      V sum_bias = V::load_unaligned(lane_sums + kSumBias * kWidth);
+      for (int i = 0; i < steps * kWidth; i += kWidth) {
+        const V step_g = V::load_unaligned(g + i);
+        const V step_u = V::load_unaligned(u + i);
+        const V qB = V::load_unaligned(sum_qB + i);
+        V ddelta = xsimd::fma(step_u, qB, V::load_unaligned(sum_qAa + i) * V(kLn2));
+        if (in.delta_softplus) {
+          const V raw = V::load_unaligned(x + i) + bias;
+          ddelta = ddelta * xsimd::select(raw > V(kSoftplusThreshold), V(1.0f),
+                                          mamba_native::cpu::sigmoid<Arch>(raw));
+        }
+        const V du = xsimd::fma(V::load_unaligned(delta + i), qB, skip * step_g);
+        sum_D = xsimd::fma(step_g, step_u, sum_D);
+        sum_bias = sum_bias + ddelta;
+        du.store_unaligned(sum_qB + i);
+        ddelta.store_unaligned(sum_qAa + i);
+      }
+      sum_D.store_unaligned(lane_sums + kSumD * kWidth);
+      sum_bias.store_unaligned(lane_sums + kSumBias * kWidth);
+      store_tile<Arch>(params.du, place, channels, steps, sum_qB);
+      store_tile<Arch>(params.ddelta, place, channels, steps, sum_qAa);
+      if (gated) {
+        load_tile<Arch>(in.z, place, channels, steps, x);
+        load_tile<Arch>(params.dout, place, channels, steps, g);
+        for (int i = 0; i < steps * kWidth; i += kWidth) {
+          const V z = V::load_unaligned(x + i);
+          const V s = mamba_native::cpu::sigmoid<Arch>(z);
+          const V slope = s * xsimd::fma(z, V(1.0f) - s, V(1.0f));
+          (V::load_unaligned(g + i) * V::load_unaligned(y + i) * slope).store_unaligned(y + i);
+        }
+        store_tile<Arch>(params.dz, place, channels, steps, y);
+      }
+    }
+  }
+}
+
+template <class Arch>
+constexpr Kernels kernels() {
+  return {kLanes<Arch>, &forward_scratch<Arch>, &forward_slice<Arch>, &backward_scratch<Arch>,
+          &backward_slice<Arch>};
+}
+
+}  // namespace mamba_native::selective_scan::cpu

@@ -1,0 +1,487 @@
+// Forward kernels and their host launcher. For every batch b, channel d, state n:
+//   h[t]   = exp(delta[t] A[d,n]) h[t-1] + delta[t] u[t] B[n,t]
+//   out[t] = (sum_n C[n,t] h[t] + D[d] u[t]) silu(z[t])
+// The README of this room says which kernel is for what and where its time goes.
+#pragma once
+
+#include <utility>
+
+#include "core/cuda/launch.h"
+#include "selective_scan/plan.h"
+#include "selective_scan/tensors.cuh"
+
+namespace mamba_native::selective_scan::cuda {
+
+template <class T>
+struct ForwardArgs {
+  DeviceInputs<T> in;
+  Sequence<T> out;
+  Weights<float> last_state;
+  float* checkpoints;  // (B, D, tiles, N), contiguous
+};
+
+// out = y silu(z), or y where z is absent.
+template <class T>
+__device__ __forceinline__ void gate_and_store(const ForwardArgs<T>& args, float (&y)[kItems],
+                                               const Items<T>& z, T* out, int valid) {
+  if (args.in.z.data != nullptr) {
+    float gate[kItems];
+    z.floats(gate);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      y[i] *= fast_silu(gate[i]);
+    }
+  }
+  store_span(out, args.out.step, valid, args.out.vectorize, y);
+}
+
+// Serial in time, for many channels and d_state <= kSerialStates.
+//   grid    (b, group, block of kChannels channels of the group), one dimension
+//   CTA     kChannels = kSerialThreads / LANES; LANES neighbouring threads share a channel and hold
+//           kSerialStates / LANES of its states each, in registers
+//   shared  a tile of TILE steps: delta and delta u of every channel, B and C of the group
+// A tile has an elementwise phase (thread = kItems steps of a channel, coalesced), a scan phase
+// (thread = its states of one channel, all steps) and an elementwise phase again that finishes and
+// stores out. The next tile's loads fly during the scan phase.
+inline constexpr int kSerialThreads = 128;
+
+template <int LANES, int TILE>
+struct SerialShape {
+  static constexpr int kN = static_cast<int>(kSerialStates);
+  static constexpr int kChannels = kSerialThreads / LANES;
+  static constexpr int kRowVectors = TILE / kItems;
+  // Elementwise phase: pass e moves row `row + e kRowsPerPass`, steps from `column` on.
+  static constexpr int kRowsPerPass = kSerialThreads / kRowVectors;
+  static constexpr int kPasses = kChannels / kRowsPerPass;
+  // B, then C: vector v is state v % kN at steps from v / kN % kRowVectors * kItems on.
+  static constexpr int kCoefficientVectors = kN * kRowVectors;
+  static constexpr int kCoefficientPasses = 2 * kCoefficientVectors / kSerialThreads;
+  static_assert(kPasses >= 1 && kCoefficientPasses >= 1, "every thread has a vector to move");
+  static_assert(kCheckpointInterval % TILE == 0, "checkpoints fall on tile borders");
+};
+
+// One thread's part of the tile that is on its way from memory.
+template <class T, int LANES, int TILE>
+struct SerialLoads {
+  using Shape = SerialShape<LANES, TILE>;
+
+  const T* u_row;
+  const T* delta_row;
+  CoefficientRows<T> rows_b, rows_c;
+  int row, column;
+  int block_channels;
+  Items<T> u[Shape::kPasses], delta[Shape::kPasses], coefficients[Shape::kCoefficientPasses];
+
+  __device__ __forceinline__ int valid(const DeviceInputs<T>& in, int pass,
+                                       std::int64_t t0) const {
+    return row + pass * Shape::kRowsPerPass < block_channels ? valid_items(in.length, t0 + column)
+                                                             : 0;
+  }
+
+  __device__ __forceinline__ void fetch(const DeviceInputs<T>& in, std::int64_t t0) {
+#pragma unroll
+    for (int e = 0; e < Shape::kPasses; ++e) {
+      const std::int64_t rows = e * Shape::kRowsPerPass;
+      u[e] = load_items(u_row + rows * in.u.channel + t0 * in.u.step, in.u.step, valid(in, e, t0),
+                        in.u.vectorize);
+      delta[e] = load_items(delta_row + rows * in.delta.channel + t0 * in.delta.step, in.delta.step,
+                            valid(in, e, t0), in.delta.vectorize);
+    }
+#pragma unroll
+    for (int e = 0; e < Shape::kCoefficientPasses; ++e) {
+      const int v = static_cast<int>(threadIdx.x) + e * kSerialThreads;
+      const int n = v % Shape::kN;
+      const std::int64_t first = t0 + v / Shape::kN % Shape::kRowVectors * kItems;
+      const int valid = n < in.d_state ? valid_items(in.length, first) : 0;
+      coefficients[e] =
+          (v < Shape::kCoefficientVectors ? rows_b : rows_c).load(n, first, valid);
+    }
+  }
+};
+
+template <class T, int LANES, int TILE, int BLOCKS>
+__global__ void __launch_bounds__(kSerialThreads, BLOCKS)
+    scan_serial(const ForwardArgs<T> args) {
+  using Shape = SerialShape<LANES, TILE>;
+  constexpr int kN = Shape::kN;
+  constexpr int kStates = kN / LANES;
+  constexpr int kStride = TILE + 4;              // 16-byte rows, channels spread over the banks
+  constexpr int kGroup = LANES < 4 ? 4 : LANES;  // steps between two sums over the lanes
+
+  __shared__ __align__(16) float shared_delta[Shape::kChannels * kStride];  // then y, in place
+  __shared__ __align__(16) float shared_x[Shape::kChannels * kStride];
+  __shared__ __align__(16) float shared_b[TILE * kN];
+  __shared__ __align__(16) float shared_c[TILE * kN];
+
+  const DeviceInputs<T>& in = args.in;
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t blocks = ceil_div(in.channels_per_group, Shape::kChannels);
+  const std::int64_t groups = in.channels / in.channels_per_group;
+  const std::int64_t block = blockIdx.x % blocks;
+  const std::int64_t group = blockIdx.x / blocks % groups;
+  const std::int64_t b = blockIdx.x / blocks / groups;
+  const std::int64_t first_channel = group * in.channels_per_group + block * Shape::kChannels;
+  const int block_channels =
+      static_cast<int>(min(static_cast<std::int64_t>(Shape::kChannels),
+                           in.channels_per_group - block * Shape::kChannels));
+
+  // Scan phase: states first_state, first_state + 1, ... of one channel.
+  const int lane = thread % LANES;
+  const int first_state = lane * kStates;
+  const std::int64_t channel = first_channel + thread / LANES;
+  const bool channel_exists = thread / LANES < block_channels;
+  float* const scan_delta = shared_delta + thread / LANES * kStride;
+  const float* const scan_x = shared_x + thread / LANES * kStride;
+  float rate[kStates], h[kStates];
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) {
+    const bool exists = channel_exists && first_state + i < in.d_state;
+    rate[i] = exists ? in.A.at(0, channel, first_state + i) * kLog2E : 0.0f;
+    h[i] = exists ? in.initial_state.get(b, channel, first_state + i) : 0.0f;
+  }
+
+  // Elementwise phases.
+  const int row = thread / Shape::kRowVectors;
+  const int column = thread % Shape::kRowVectors * kItems;
+  const T* const z_row = in.z.row(b, first_channel + row) + column * in.z.step;
+  T* const out_row = args.out.row(b, first_channel + row) + column * args.out.step;
+  float bias[Shape::kPasses], skip[Shape::kPasses];
+#pragma unroll
+  for (int e = 0; e < Shape::kPasses; ++e) {
+    const int r = row + e * Shape::kRowsPerPass;
+    bias[e] = r < block_channels ? in.delta_bias.get(0, first_channel + r, 0) : 0.0f;
+    skip[e] = r < block_channels ? in.D.get(0, first_channel + r, 0) : 0.0f;
+  }
+  SerialLoads<T, LANES, TILE> loads{in.u.row(b, first_channel + row) + column * in.u.step,
+                                    in.delta.row(b, first_channel + row) + column * in.delta.step,
+                                    CoefficientRows<T>(in.B, b, group, 0),
+                                    CoefficientRows<T>(in.C, b, group, 0),
+                                    row,
+                                    column,
+                                    block_channels};
+  loads.fetch(in, 0);
+
+  for (std::int64_t t0 = 0; t0 < in.length; t0 += TILE) {
+    Items<T> u[Shape::kPasses], z[Shape::kPasses];
+#pragma unroll
+    for (int e = 0; e < Shape::kPasses; ++e) {
+      const int at = (row + e * Shape::kRowsPerPass) * kStride + column;
+      float delta[kItems], x[kItems];
+      u[e] = loads.u[e];
+      u[e].floats(x);
+      loads.delta[e].floats(delta);
+      discretise(delta, bias[e], in.delta_softplus, loads.valid(in, e, t0));
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        x[i] *= delta[i];
+      }
+      store_vector<kItems>(shared_delta + at, delta);
+      store_vector<kItems>(shared_x + at, x);
+    }
+#pragma unroll
+    for (int e = 0; e < Shape::kCoefficientPasses; ++e) {
+      const int v = thread + e * kSerialThreads;
+      float* const to = (v < Shape::kCoefficientVectors ? shared_b : shared_c) +
+                        v / kN % Shape::kRowVectors * kItems * kN + v % kN;
+      float values[kItems];
+      loads.coefficients[e].floats(values);
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        to[i * kN] = values[i];
+      }
+    }
+    __syncthreads();
+
+    if (in.z.data != nullptr) {
+#pragma unroll
+      for (int e = 0; e < Shape::kPasses; ++e) {
+        z[e] = load_items(z_row + e * Shape::kRowsPerPass * in.z.channel + t0 * in.z.step,
+                          in.z.step, loads.valid(in, e, t0), in.z.vectorize);
+      }
+    }
+    loads.fetch(in, t0 + TILE);
+    if (t0 % kCheckpointInterval == 0 && channel_exists) {
+      float* const to =
+          args.checkpoints +
+          ((b * in.channels + channel) * in.tiles + t0 / kCheckpointInterval) * in.d_state;
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) {
+        if (first_state + i < in.d_state) {
+          to[first_state + i] = h[i];
+        }
+      }
+    }
+
+    const int steps = static_cast<int>(min(static_cast<std::int64_t>(TILE), in.length - t0));
+#pragma unroll 1
+    for (int t = 0; t < steps; t += kGroup) {
+      float y[kGroup];
+#pragma unroll
+      for (int q = 0; q < kGroup; q += 4) {
+        float delta[4], x[4];
+        load_vector<4>(scan_delta + t + q, delta);
+        load_vector<4>(scan_x + t + q, x);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float b_values[kStates], c_values[kStates];
+          load_vector<kStates>(shared_b + (t + q + j) * kN + first_state, b_values);
+          load_vector<kStates>(shared_c + (t + q + j) * kN + first_state, c_values);
+          float sums[2] = {0.0f, 0.0f};  // two chains of half the length
+#pragma unroll
+          for (int i = 0; i < kStates; ++i) {
+            h[i] = fmaf(exp2_approx(delta[j] * rate[i]), h[i], x[j] * b_values[i]);
+            sums[i % 2] = fmaf(h[i], c_values[i], sums[i % 2]);
+          }
+          y[q + j] = sums[0] + sums[1];
+        }
+      }
+      // Sum over the channel's lanes while dealing the steps out to them: each round halves the
+      // steps that a lane still holds, so lane l ends with steps l, l + LANES, ...
+      int held = kGroup;
+#pragma unroll
+      for (int stride = 1; stride < LANES; stride *= 2) {
+        held /= 2;
+        const bool upper = (lane & stride) != 0;
+#pragma unroll
+        for (int i = 0; i < held; ++i) {
+          const float keep = upper ? y[2 * i + 1] : y[2 * i];
+          const float send = upper ? y[2 * i] : y[2 * i + 1];
+          y[i] = keep + __shfl_xor_sync(kAllLanes, send, stride);
+        }
+      }
+      __syncwarp();  // every lane of the channel has read delta at these steps
+#pragma unroll
+      for (int i = 0; i < kGroup / LANES; ++i) {
+        scan_delta[t + i * LANES + lane] = y[i];
+      }
+    }
+    __syncthreads();
+
+    // Reads what this same thread overwrites next, so the next tile needs no third barrier.
+#pragma unroll
+    for (int e = 0; e < Shape::kPasses; ++e) {
+      float y[kItems], x[kItems];
+      load_vector<kItems>(shared_delta + (row + e * Shape::kRowsPerPass) * kStride + column, y);
+      u[e].floats(x);
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        y[i] = fmaf(skip[e], x[i], y[i]);
+      }
+      gate_and_store(args, y, z[e],
+                     out_row + e * Shape::kRowsPerPass * args.out.channel + t0 * args.out.step,
+                     loads.valid(in, e, t0));
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) {
+    if (channel_exists && first_state + i < in.d_state) {
+      args.last_state.at(b, channel, first_state + i) = h[i];
+    }
+  }
+}
+
+// Lanes over time, for few channels and any d_state.
+//   grid    (b, block of WARPS channels), one dimension
+//   CTA     WARPS independent warps: warp = one channel, lane = kItems steps of a tile of
+//           kCheckpointInterval steps; no shared memory, B and C meet in L1
+// A tile keeps delta, delta u and y in registers and takes the states in turn, STATES at once:
+// every lane runs its steps from a zero state, a scan over the warp joins the lanes (the decay over
+// any stretch is exp(A sum delta), so only sums of delta are needed to start it), and every lane
+// runs its steps again from the right state. Lane n % 32 remembers the state between tiles;
+// checkpoints do so where d_state exceeds 32.
+template <class T, int WARPS, int STATES, int BLOCKS>
+__global__ void __launch_bounds__(WARPS* kWarp, BLOCKS)
+    scan_lanes(const ForwardArgs<T> args) {
+  const DeviceInputs<T>& in = args.in;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const std::int64_t blocks = ceil_div(in.channels, WARPS);
+  const std::int64_t b = blockIdx.x / blocks;
+  const std::int64_t c = blockIdx.x % blocks * WARPS + threadIdx.x / kWarp;
+  if (c >= in.channels) {
+    return;  // a whole warp, and no barrier waits for it
+  }
+
+  const T* const u_row = in.u.row(b, c) + lane * kItems * in.u.step;
+  const T* const delta_row = in.delta.row(b, c) + lane * kItems * in.delta.step;
+  const T* const z_row = in.z.row(b, c) + lane * kItems * in.z.step;
+  T* const out_row = args.out.row(b, c) + lane * kItems * args.out.step;
+  const std::int64_t group = c / in.channels_per_group;
+  const CoefficientRows<T> rows_b(in.B, b, group, c);
+  const CoefficientRows<T> rows_c(in.C, b, group, c);
+  const float bias = in.delta_bias.get(0, c, 0);
+  const float skip = in.D.get(0, c, 0);
+  float* checkpoint = args.checkpoints + (b * in.channels + c) * in.tiles * in.d_state;
+  float rate = 0.0f, carry = 0.0f;  // of state n0 + lane
+
+  int valid = valid_items(in.length, lane * kItems);
+  Items<T> next_u = load_items(u_row, in.u.step, valid, in.u.vectorize);
+  Items<T> next_delta = load_items(delta_row, in.delta.step, valid, in.delta.vectorize);
+  for (std::int64_t t0 = 0; t0 < in.length; t0 += kCheckpointInterval) {
+    const std::int64_t first = t0 + lane * kItems;
+    Items<T> next_b[STATES], next_c[STATES];
+#pragma unroll
+    for (int s = 0; s < STATES; ++s) {
+      next_b[s] = rows_b.load(s, first, s < in.d_state ? valid : 0);
+      next_c[s] = rows_c.load(s, first, s < in.d_state ? valid : 0);
+    }
+    float delta[kItems], x[kItems], y[kItems];
+    float elapsed = 0.0f;  // sum of delta over the lane's steps
+    next_u.floats(x);
+    next_delta.floats(delta);
+    discretise(delta, bias, in.delta_softplus, valid);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      y[i] = skip * x[i];
+      x[i] *= delta[i];
+      elapsed += delta[i];
+    }
+    Items<T> z;
+    if (in.z.data != nullptr) {
+      z = load_items(z_row + t0 * in.z.step, in.z.step, valid, in.z.vectorize);
+    }
+    const std::int64_t t1 = t0 + kCheckpointInterval;
+    const int next_valid = valid_items(in.length, t1 + lane * kItems);
+    next_u = load_items(u_row + t1 * in.u.step, in.u.step, next_valid, in.u.vectorize);
+    next_delta =
+        load_items(delta_row + t1 * in.delta.step, in.delta.step, next_valid, in.delta.vectorize);
+
+    for (int n0 = 0; n0 < in.d_state; n0 += kWarp) {
+      const bool lane_has_state = n0 + lane < in.d_state;
+      if (lane_has_state) {
+        if (t0 == 0) {
+          rate = in.A.at(0, c, n0 + lane) * kLog2E;
+          carry = in.initial_state.get(b, c, n0 + lane);
+          checkpoint[n0 + lane] = carry;
+        } else if (in.d_state > kWarp) {
+          rate = in.A.at(0, c, n0 + lane) * kLog2E;
+          carry = checkpoint[n0 + lane];
+        }
+      } else {
+        rate = carry = 0.0f;
+      }
+
+      const int states = min(kWarp, in.d_state - n0);
+#pragma unroll 1
+      for (int j = 0; j < states; j += STATES) {
+        const int n = n0 + j;
+        Items<T> loaded_b[STATES], loaded_c[STATES];
+#pragma unroll
+        for (int s = 0; s < STATES; ++s) {
+          const int ahead = n + STATES + s;
+          loaded_b[s] = next_b[s];
+          loaded_c[s] = next_c[s];
+          next_b[s] = rows_b.load(ahead, first, ahead < in.d_state ? valid : 0);
+          next_c[s] = rows_c.load(ahead, first, ahead < in.d_state ? valid : 0);
+        }
+        float decay[STATES][kItems], input[STATES][kItems];
+        float h[STATES], span[STATES], entering[STATES];
+#pragma unroll
+        for (int s = 0; s < STATES; ++s) {
+          const float state_rate = __shfl_sync(kAllLanes, rate, j + s);
+          entering[s] = __shfl_sync(kAllLanes, carry, j + s);
+          rows_b.values(loaded_b[s], n + s, n + s < in.d_state, input[s]);
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) {
+            decay[s][i] = exp2_approx(delta[i] * state_rate);
+            input[s][i] *= x[i];
+          }
+          span[s] = exp2_approx(elapsed * state_rate);
+          h[s] = input[s][0];
+#pragma unroll
+          for (int i = 1; i < kItems; ++i) {
+            h[s] = fmaf(decay[s][i], h[s], input[s][i]);
+          }
+        }
+#pragma unroll
+        for (int offset = 1; offset < kWarp; offset *= 2) {
+#pragma unroll
+          for (int s = 0; s < STATES; ++s) {
+            const float before = __shfl_up_sync(kAllLanes, h[s], offset);
+            const float span_before = __shfl_up_sync(kAllLanes, span[s], offset);
+            if (lane >= offset) {
+              h[s] = fmaf(span[s], before, h[s]);
+              span[s] *= span_before;
+            }
+          }
+        }
+#pragma unroll
+        for (int s = 0; s < STATES; ++s) {
+          const float leaving = fmaf(span[s], entering[s], h[s]);
+          const float before = __shfl_up_sync(kAllLanes, leaving, 1);
+          const float tile_end = __shfl_sync(kAllLanes, leaving, kWarp - 1);
+          carry = lane == j + s ? tile_end : carry;
+          float state = lane == 0 ? entering[s] : before;
+          float c_values[kItems];
+          rows_c.values(loaded_c[s], n + s, n + s < in.d_state, c_values);
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) {
+            state = fmaf(decay[s][i], state, input[s][i]);
+            y[i] = fmaf(state, c_values[i], y[i]);
+          }
+        }
+      }
+      if (lane_has_state) {
+        if (t1 < in.length) {
+          checkpoint[in.d_state + n0 + lane] = carry;
+        } else {
+          args.last_state.at(b, c, n0 + lane) = carry;
+        }
+      }
+    }
+    gate_and_store(args, y, z, out_row + t0 * args.out.step, valid);
+    valid = next_valid;
+    checkpoint += in.d_state;
+  }
+}
+
+template <class T>
+using ForwardKernel = void (*)(ForwardArgs<T>);
+
+// The kernels of kForwardConfigs, row by row.
+template <class T, std::size_t I>
+constexpr ForwardKernel<T> forward_kernel() {
+  constexpr ForwardConfig kConfig = kForwardConfigs[I];
+  if constexpr (kConfig.mapping == Mapping::serial) {
+    static_assert(kConfig.threads == kSerialThreads, "the kernel is written for this many threads");
+    return &scan_serial<T, kConfig.lanes, kConfig.tile, kConfig.blocks>;
+  } else {
+    static_assert(kConfig.lanes == kWarp && kConfig.tile == kCheckpointInterval,
+                  "the kernel is a warp per channel, a checkpoint per tile");
+    return &scan_lanes<T, kConfig.threads / kWarp, kConfig.states, kConfig.blocks>;
+  }
+}
+
+template <class T, std::size_t... I>
+ForwardKernel<T> find_forward_kernel(int index, std::index_sequence<I...>) {
+  static constexpr ForwardKernel<T> kKernels[] = {forward_kernel<T, I>()...};
+  return kKernels[index];
+}
+
+template <class Host>
+void forward(const ForwardParams& params) {
+  using T = mamba_native::cuda::DeviceType<Host>;
+  const Problem problem = problem_of(params.in);
+  const int index = choose_forward(
+      problem, mamba_native::cuda::device_info(params.in.u.device.index), params.config);
+  const ForwardConfig& config = kForwardConfigs[index];
+
+  ForwardArgs<T> args;
+  args.in = device_inputs<T>(params.in, problem.channels_per_group());
+  args.out = sequence<T>(params.out);
+  args.last_state = weights<float>(params.last_state);
+  args.checkpoints = params.checkpoints.as<float>();
+
+  const std::int64_t per_block = config.threads / config.lanes;
+  const std::int64_t blocks =
+      config.mapping == Mapping::serial
+          ? problem.groups * ceil_div(problem.channels_per_group(), per_block)
+          : ceil_div(problem.channels, per_block);
+  const ForwardKernel<T> kernel =
+      find_forward_kernel<T>(index, std::make_index_sequence<kForwardConfigCount>());
+  kernel<<<grid_size(problem.batch * blocks), config.threads, 0,
+           static_cast<cudaStream_t>(params.stream)>>>(args);
+  MAMBA_CUDA_CHECK_LAUNCH();
+}
+
+}  // namespace mamba_native::selective_scan::cuda

@@ -1,0 +1,257 @@
+#include "selective_scan/reference.h"
+
+#include <cmath>
+#include <cstddef>
+#include <vector>
+
+#include "core/math.h"
+
+namespace mamba_native::selective_scan::reference {
+namespace {
+
+std::int64_t offset(const TensorView& tensor, std::int64_t i, std::int64_t j) {
+  return i * tensor.stride[0] + j * tensor.stride[1];
+}
+
+std::int64_t offset(const TensorView& tensor, std::int64_t i, std::int64_t j, std::int64_t k) {
+  return offset(tensor, i, j) + k * tensor.stride[2];
+}
+
+template <class Scalar>
+Scalar read(const TensorView& tensor, std::int64_t at) {
+  return static_cast<Scalar>(load_double(tensor.data, tensor.dtype, at));
+}
+
+void write(const TensorView& tensor, std::int64_t at, double value) {
+  store_float(tensor.data, tensor.dtype, at, value);
+}
+
+// The inputs of one channel of one batch entry, one step or state at a time.
+template <class Scalar>
+class Channel {
+ public:
+  Channel(const Inputs& in, std::int64_t batch, std::int64_t channel)
+      : in_(in), batch_(batch), channel_(channel) {
+    if (in.B.dim == 4) {
+      group_ = channel / (in.u.size[1] / in.B.size[1]);
+    } else if (in.C.dim == 4) {
+      group_ = channel / (in.u.size[1] / in.C.size[1]);
+    }
+  }
+
+  Scalar u(std::int64_t t) const { return read<Scalar>(in_.u, offset(in_.u, batch_, channel_, t)); }
+  // delta before softplus
+  Scalar raw(std::int64_t t) const {
+    return read<Scalar>(in_.delta, offset(in_.delta, batch_, channel_, t)) + bias();
+  }
+  Scalar delta(std::int64_t t) const { return in_.delta_softplus ? softplus(raw(t)) : raw(t); }
+  Scalar delta_slope(std::int64_t t) const {
+    return in_.delta_softplus ? softplus_grad(raw(t)) : Scalar(1);
+  }
+  Scalar z(std::int64_t t) const { return read<Scalar>(in_.z, offset(in_.z, batch_, channel_, t)); }
+  Scalar gate(std::int64_t t) const { return in_.z.present() ? silu(z(t)) : Scalar(1); }
+  Scalar A(std::int64_t n) const { return read<Scalar>(in_.A, offset(in_.A, channel_, n)); }
+  Scalar B(std::int64_t n, std::int64_t t) const { return read<Scalar>(in_.B, place(in_.B, n, t)); }
+  Scalar C(std::int64_t n, std::int64_t t) const { return read<Scalar>(in_.C, place(in_.C, n, t)); }
+  Scalar D() const {
+    return in_.D.present() ? read<Scalar>(in_.D, channel_ * in_.D.stride[0]) : Scalar(0);
+  }
+  Scalar initial_state(std::int64_t n) const {
+    return in_.initial_state.present()
+               ? read<Scalar>(in_.initial_state, offset(in_.initial_state, batch_, channel_, n))
+               : Scalar(0);
+  }
+
+  // Where B or C, or a gradient of its shape, has the element of state n and step t.
+  std::int64_t place(const TensorView& tensor, std::int64_t n, std::int64_t t) const {
+    return tensor.dim == 2 ? offset(tensor, channel_, n)
+                           : offset(tensor, batch_, group_, n) + t * tensor.stride[3];
+  }
+
+ private:
+  Scalar bias() const {
+    return in_.delta_bias.present() ? read<Scalar>(in_.delta_bias, channel_ * in_.delta_bias.stride[0])
+                                    : Scalar(0);
+  }
+
+  const Inputs& in_;
+  std::int64_t batch_;
+  std::int64_t channel_;
+  std::int64_t group_ = 0;
+};
+
+// Sums into a tensor in double: every element starts at 0 and is rounded once, at the end.
+class Sums {
+ public:
+  explicit Sums(const TensorView& to) : to_(to) {
+    if (to.present()) {
+      std::int64_t last = 0;
+      for (int i = 0; i < to.dim; ++i) {
+        if (to.size[i] == 0) {
+          return;
+        }
+        last += (to.size[i] - 1) * to.stride[i];
+      }
+      sums_.resize(static_cast<std::size_t>(last + 1));
+    }
+  }
+
+  void add(std::int64_t at, double value) { sums_[static_cast<std::size_t>(at)] += value; }
+
+  void store() const { store_from(0, 0); }
+
+ private:
+  void store_from(int dimension, std::int64_t at) const {
+    if (sums_.empty()) {
+      return;
+    }
+    if (dimension == to_.dim) {
+      write(to_, at, sums_[static_cast<std::size_t>(at)]);
+      return;
+    }
+    for (std::int64_t i = 0; i < to_.size[dimension]; ++i) {
+      store_from(dimension + 1, at + i * to_.stride[dimension]);
+    }
+  }
+
+  TensorView to_;
+  std::vector<double> sums_;
+};
+
+// What forward leaves for backward: one channel's states after every step, and its pre-gate output.
+template <class Scalar>
+struct Trace {
+  Trace(std::int64_t length, std::int64_t states)
+      : states(states), h(static_cast<std::size_t>((length + 1) * states)), y(static_cast<std::size_t>(length)) {}
+
+  // h[t, n], with t = -1 for the state that enters.
+  Scalar& state(std::int64_t t, std::int64_t n) {
+    return h[static_cast<std::size_t>((t + 1) * states + n)];
+  }
+  Scalar& output(std::int64_t t) { return y[static_cast<std::size_t>(t)]; }
+
+  std::int64_t states;
+  std::vector<Scalar> h;
+  std::vector<Scalar> y;
+};
+
+template <class Scalar>
+void run(const Channel<Scalar>& channel, std::int64_t length, Trace<Scalar>& trace) {
+  for (std::int64_t n = 0; n < trace.states; ++n) {
+    trace.state(-1, n) = channel.initial_state(n);
+  }
+  for (std::int64_t t = 0; t < length; ++t) {
+    const Scalar delta = channel.delta(t);
+    const Scalar u = channel.u(t);
+    double sum = 0;
+    for (std::int64_t n = 0; n < trace.states; ++n) {
+      const Scalar decay = std::exp(delta * channel.A(n));
+      const Scalar h = decay * trace.state(t - 1, n) + delta * channel.B(n, t) * u;
+      trace.state(t, n) = h;
+      sum += static_cast<double>(channel.C(n, t) * h);
+    }
+    trace.output(t) = static_cast<Scalar>(sum) + channel.D() * u;
+  }
+}
+
+}  // namespace
+
+template <class Scalar>
+void forward(const ForwardParams& params) {
+  const Inputs& in = params.in;
+  const std::int64_t length = in.u.size[2];
+  const std::int64_t states = in.A.size[1];
+  Trace<Scalar> trace(length, states);
+  for (std::int64_t b = 0; b < in.u.size[0]; ++b) {
+    for (std::int64_t d = 0; d < in.u.size[1]; ++d) {
+      const Channel<Scalar> channel(in, b, d);
+      run(channel, length, trace);
+      for (std::int64_t t = 0; t < length; ++t) {
+        write(params.out, offset(params.out, b, d, t), static_cast<double>(trace.output(t) * channel.gate(t)));
+      }
+      for (std::int64_t n = 0; n < states; ++n) {
+        write(params.last_state, offset(params.last_state, b, d, n),
+              static_cast<double>(trace.state(length - 1, n)));
+        for (std::int64_t k = 0; k < params.checkpoints.size[2]; ++k) {
+          write(params.checkpoints, offset(params.checkpoints, b, d, k) + n * params.checkpoints.stride[3],
+                static_cast<double>(trace.state(k * kCheckpointInterval - 1, n)));
+        }
+      }
+    }
+  }
+}
+
+// The README derives it: q[t] = dL/dh[t] = C[t] g[t] + exp(delta[t+1] A) q[t+1], g = dL/dy.
+template <class Scalar>
+void backward(const BackwardParams& params) {
+  const Inputs& in = params.in;
+  const std::int64_t length = in.u.size[2];
+  const std::int64_t states = in.A.size[1];
+  Sums dA(params.dA), dB(params.dB), dC(params.dC), dD(params.dD), ddelta_bias(params.ddelta_bias);
+  Trace<Scalar> trace(length, states);
+  std::vector<Scalar> carry(static_cast<std::size_t>(states));  // exp(delta[t+1] A) q[t+1]
+  for (std::int64_t b = 0; b < in.u.size[0]; ++b) {
+    for (std::int64_t d = 0; d < in.u.size[1]; ++d) {
+      const Channel<Scalar> channel(in, b, d);
+      run(channel, length, trace);
+      for (std::int64_t n = 0; n < states; ++n) {
+        carry[static_cast<std::size_t>(n)] =
+            params.dlast_state.present()
+                ? read<Scalar>(params.dlast_state, offset(params.dlast_state, b, d, n))
+                : Scalar(0);
+      }
+      for (std::int64_t t = length - 1; t >= 0; --t) {
+        const Scalar dout = read<Scalar>(params.dout, offset(params.dout, b, d, t));
+        const Scalar g = dout * channel.gate(t);
+        const Scalar delta = channel.delta(t);
+        const Scalar u = channel.u(t);
+        double sum_qB = 0;
+        double sum_qAa = 0;
+        for (std::int64_t n = 0; n < states; ++n) {
+          const Scalar A = channel.A(n);
+          const Scalar B = channel.B(n, t);
+          const Scalar q = channel.C(n, t) * g + carry[static_cast<std::size_t>(n)];
+          const Scalar decayed_q = std::exp(delta * A) * q;
+          const Scalar qa = decayed_q * trace.state(t - 1, n);
+          sum_qB += static_cast<double>(q * B);
+          sum_qAa += static_cast<double>(qa * A);
+          dA.add(offset(params.dA, d, n), static_cast<double>(qa * delta));
+          dB.add(channel.place(params.dB, n, t), static_cast<double>(q * delta * u));
+          dC.add(channel.place(params.dC, n, t), static_cast<double>(g * trace.state(t, n)));
+          carry[static_cast<std::size_t>(n)] = decayed_q;
+        }
+        const double slope = static_cast<double>(channel.delta_slope(t));
+        const double ddelta = slope * (sum_qB * static_cast<double>(u) + sum_qAa);
+        write(params.du, offset(params.du, b, d, t),
+              static_cast<double>(channel.D() * g) + sum_qB * static_cast<double>(delta));
+        write(params.ddelta, offset(params.ddelta, b, d, t), ddelta);
+        if (in.D.present()) {
+          dD.add(d * params.dD.stride[0], static_cast<double>(g * u));
+        }
+        if (in.delta_bias.present()) {
+          ddelta_bias.add(d * params.ddelta_bias.stride[0], ddelta);
+        }
+        if (in.z.present()) {
+          write(params.dz, offset(params.dz, b, d, t),
+                static_cast<double>(dout * trace.output(t) * silu_grad(channel.z(t))));
+        }
+      }
+      if (in.initial_state.present()) {
+        for (std::int64_t n = 0; n < states; ++n) {
+          write(params.dinitial_state, offset(params.dinitial_state, b, d, n),
+                static_cast<double>(carry[static_cast<std::size_t>(n)]));
+        }
+      }
+    }
+  }
+  for (const Sums* sums : {&dA, &dB, &dC, &dD, &ddelta_bias}) {
+    sums->store();
+  }
+}
+
+template void forward<float>(const ForwardParams&);
+template void forward<double>(const ForwardParams&);
+template void backward<float>(const BackwardParams&);
+template void backward<double>(const BackwardParams&);
+
+}  // namespace mamba_native::selective_scan::reference

@@ -1,0 +1,253 @@
+#include "selective_scan/selective_scan.h"
+
+#include <limits>
+
+#include "core/error.h"
+#include "core/math.h"
+#include "selective_scan/cpu.h"
+#include "selective_scan/reference.h"
+#if MAMBA_WITH_CUDA
+#include "selective_scan/copy.h"
+#include "selective_scan/plan.h"
+#endif
+
+namespace mamba_native::selective_scan {
+namespace {
+
+// Every tensor's device, that its sizes and byte offsets fit 64 bits, and that it has memory.
+void check_memory(const char* op, const char* argument, const TensorView& tensor, Device device) {
+  check_device(op, argument, tensor, device);
+  const std::int64_t limit = std::numeric_limits<std::int64_t>::max() / size_of(tensor.dtype);
+  std::int64_t count = 1;
+  std::int64_t last = 0;  // the farthest element's offset
+  for (int i = 0; i < tensor.dim; ++i) {
+    const std::int64_t size = tensor.size[i];
+    const std::int64_t stride = tensor.stride[i];
+    MAMBA_CHECK(size >= 0, op, ": ", argument, " has a negative size, got ", describe(tensor));
+    MAMBA_CHECK(stride >= 0, op, ": ", argument, " has a negative stride, ", stride);
+    if (size == 0) {
+      return;
+    }
+    MAMBA_CHECK(count <= limit / size && (size == 1 || stride <= (limit - 1 - last) / (size - 1)), op, ": ",
+                argument, " is larger than 64-bit offsets reach, got ", describe(tensor));
+    count *= size;
+    last += (size - 1) * stride;
+  }
+  MAMBA_CHECK(tensor.data != nullptr, op, ": ", argument, " has no memory, got ", describe(tensor));
+}
+
+// An output: shape, dtype and that no two elements share an address through a stride of 0.
+void check_output(const char* op, const char* argument, const TensorView& tensor, Device device,
+                  DType dtype, std::initializer_list<std::int64_t> shape) {
+  MAMBA_CHECK(tensor.present(), op, ": ", argument, " is missing");
+  check_shape(op, argument, tensor, shape);
+  check_dtype(op, argument, tensor, dtype);
+  check_memory(op, argument, tensor, device);
+  for (int i = 0; i < tensor.dim; ++i) {
+    MAMBA_CHECK(tensor.size[i] < 2 || tensor.stride[i] > 0, op, ": ", argument,
+                " is written, so its elements may not share memory: stride 0 in dimension ", i);
+  }
+}
+
+void check_input(const char* op, const char* argument, const TensorView& tensor, Device device,
+                 DType dtype, std::initializer_list<std::int64_t> shape) {
+  MAMBA_CHECK(tensor.present(), op, ": ", argument, " is missing");
+  check_shape(op, argument, tensor, shape);
+  check_dtype(op, argument, tensor, dtype);
+  check_memory(op, argument, tensor, device);
+}
+
+void check_optional_input(const char* op, const char* argument, const TensorView& tensor,
+                          Device device, DType dtype, std::initializer_list<std::int64_t> shape) {
+  if (tensor.present()) {
+    check_input(op, argument, tensor, device, dtype, shape);
+  }
+}
+
+// An output that is there exactly when the input it belongs to is.
+void check_optional_output(const char* op, const char* argument, const TensorView& tensor,
+                           const char* owner, const TensorView& input, Device device, DType dtype,
+                           std::initializer_list<std::int64_t> shape) {
+  MAMBA_CHECK(tensor.present() == input.present(), op, ": ", argument, " must be given exactly when ",
+              owner, " is");
+  if (tensor.present()) {
+    check_output(op, argument, tensor, device, dtype, shape);
+  }
+}
+
+struct Sizes {
+  std::int64_t batch;
+  std::int64_t channels;
+  std::int64_t length;
+  std::int64_t states;
+  DType dtype;  // of the activations
+  DType sum;    // of parameters, states and sums
+  Device device;
+};
+
+// B or C: static (D, N) or time-varying (B, G, N, L).
+void check_projection(const char* op, const char* argument, const TensorView& tensor,
+                      const Sizes& sizes) {
+  MAMBA_CHECK(tensor.dim == 2 || tensor.dim == 4, op, ": ", argument, " must have shape (",
+              sizes.channels, ", ", sizes.states, ") or (", sizes.batch, ", groups, ", sizes.states, ", ",
+              sizes.length, "), got ", describe(tensor));
+  if (tensor.dim == 2) {
+    check_input(op, argument, tensor, sizes.device, sizes.sum, {sizes.channels, sizes.states});
+    return;
+  }
+  const std::int64_t groups = tensor.size[1];
+  MAMBA_CHECK(groups > 0 && sizes.channels % groups == 0, op, ": the ", sizes.channels,
+              " channels of u cannot be divided into the ", groups, " groups of ", argument);
+  check_input(op, argument, tensor, sizes.device, sizes.dtype,
+              {sizes.batch, groups, sizes.states, sizes.length});
+}
+
+Sizes check_inputs(const char* op, const Inputs& in) {
+  MAMBA_CHECK(in.u.dim == 3, op, ": u must have shape (batch, channels, length), got ", describe(in.u));
+  MAMBA_CHECK(in.A.dim == 2, op, ": A must have shape (channels, states), got ", describe(in.A));
+  check_float(op, "u", in.u);
+  const Sizes sizes = {in.u.size[0],  in.u.size[1],
+                       in.u.size[2],  in.A.size[1],
+                       in.u.dtype,    in.u.dtype == DType::f64 ? DType::f64 : DType::f32,
+                       in.u.device};
+  MAMBA_CHECK(sizes.states > 0, op, ": A must have at least one state, got ", describe(in.A));
+  check_memory(op, "u", in.u, sizes.device);
+  const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels, sizes.length};
+  check_input(op, "delta", in.delta, sizes.device, sizes.dtype, activations);
+  check_input(op, "A", in.A, sizes.device, sizes.sum, {sizes.channels, sizes.states});
+  check_projection(op, "B", in.B, sizes);
+  check_projection(op, "C", in.C, sizes);
+  MAMBA_CHECK(in.B.dim != 4 || in.C.dim != 4 || in.B.size[1] == in.C.size[1], op, ": B has ",
+              in.B.size[1], " groups and C ", in.C.size[1]);
+  check_optional_input(op, "D", in.D, sizes.device, sizes.sum, {sizes.channels});
+  check_optional_input(op, "z", in.z, sizes.device, sizes.dtype, activations);
+  check_optional_input(op, "delta_bias", in.delta_bias, sizes.device, sizes.sum, {sizes.channels});
+  check_optional_input(op, "initial_state", in.initial_state, sizes.device, sizes.sum,
+                       {sizes.batch, sizes.channels, sizes.states});
+  return sizes;
+}
+
+void check_contiguous(const char* op, const char* argument, const TensorView& tensor) {
+  MAMBA_CHECK(tensor.is_contiguous(), op, ": ", argument, " must be contiguous");
+}
+
+void check_projection_gradient(const char* op, const char* argument, const TensorView& tensor,
+                               const TensorView& input, const Sizes& sizes) {
+  if (input.dim == 2) {
+    check_output(op, argument, tensor, sizes.device, sizes.sum, {input.size[0], input.size[1]});
+  } else {
+    check_output(op, argument, tensor, sizes.device, sizes.sum,
+                 {input.size[0], input.size[1], input.size[2], input.size[3]});
+  }
+  check_contiguous(op, argument, tensor);
+}
+
+#if MAMBA_WITH_CUDA
+struct CudaForward {
+  const ForwardParams& params;
+  template <class T>
+  void operator()(T) const {
+    cuda::forward<T>(params);
+  }
+};
+
+struct CudaBackward {
+  const BackwardParams& params;
+  template <class T>
+  void operator()(T) const {
+    cuda::backward<T>(params);
+  }
+};
+
+// The kernels take no empty tensors. What a scan over nothing leaves: the state it began with, and
+// gradients of 0.
+bool is_empty(const Sizes& sizes) {
+  return sizes.batch == 0 || sizes.channels == 0 || sizes.length == 0;
+}
+
+void forward_empty(const ForwardParams& params) {
+  cuda::copy_or_zero(params.last_state, params.in.initial_state, params.stream);
+}
+
+void backward_empty(const BackwardParams& params) {
+  for (const TensorView* sums : {&params.dA, &params.dB, &params.dC, &params.dD, &params.ddelta_bias}) {
+    cuda::copy_or_zero(*sums, TensorView(), params.stream);
+  }
+  cuda::copy_or_zero(params.dinitial_state, params.dlast_state, params.stream);
+}
+#else
+[[noreturn]] void fail_without_cuda(const char* op) {
+  fail(op, ": the tensors are on a CUDA device, but this library was built without CUDA; build it with "
+           "-DMAMBA_CUDA=ON");
+}
+#endif
+
+}  // namespace
+
+void forward(const ForwardParams& params) {
+  constexpr char kOp[] = "selective_scan_forward";
+  const Sizes sizes = check_inputs(kOp, params.in);
+  check_output(kOp, "out", params.out, sizes.device, sizes.dtype,
+               {sizes.batch, sizes.channels, sizes.length});
+  check_output(kOp, "last_state", params.last_state, sizes.device, sizes.sum,
+               {sizes.batch, sizes.channels, sizes.states});
+  check_output(kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
+               {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
+  check_contiguous(kOp, "checkpoints", params.checkpoints);
+  if (sizes.device.is_cuda()) {
+#if MAMBA_WITH_CUDA
+    if (is_empty(sizes)) {
+      forward_empty(params);
+    } else {
+      for_dtype(sizes.dtype, CudaForward{params});
+    }
+#else
+    fail_without_cuda(kOp);
+#endif
+  } else if (sizes.dtype == DType::f64) {
+    reference::forward<double>(params);
+  } else {
+    cpu::forward(params);
+  }
+}
+
+void backward(const BackwardParams& params) {
+  constexpr char kOp[] = "selective_scan_backward";
+  const Inputs& in = params.in;
+  const Sizes sizes = check_inputs(kOp, in);
+  const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels, sizes.length};
+  const std::initializer_list<std::int64_t> state = {sizes.batch, sizes.channels, sizes.states};
+  check_input(kOp, "dout", params.dout, sizes.device, sizes.dtype, activations);
+  check_optional_input(kOp, "dlast_state", params.dlast_state, sizes.device, sizes.sum, state);
+  check_input(kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
+              {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
+  check_contiguous(kOp, "checkpoints", params.checkpoints);
+  check_output(kOp, "du", params.du, sizes.device, sizes.dtype, activations);
+  check_output(kOp, "ddelta", params.ddelta, sizes.device, sizes.dtype, activations);
+  check_output(kOp, "dA", params.dA, sizes.device, sizes.sum, {sizes.channels, sizes.states});
+  check_projection_gradient(kOp, "dB", params.dB, in.B, sizes);
+  check_projection_gradient(kOp, "dC", params.dC, in.C, sizes);
+  check_optional_output(kOp, "dD", params.dD, "D", in.D, sizes.device, sizes.sum, {sizes.channels});
+  check_optional_output(kOp, "dz", params.dz, "z", in.z, sizes.device, sizes.dtype, activations);
+  check_optional_output(kOp, "ddelta_bias", params.ddelta_bias, "delta_bias", in.delta_bias,
+                        sizes.device, sizes.sum, {sizes.channels});
+  check_optional_output(kOp, "dinitial_state", params.dinitial_state, "initial_state",
+                        in.initial_state, sizes.device, sizes.sum, state);
+  if (sizes.device.is_cuda()) {
+#if MAMBA_WITH_CUDA
+    if (is_empty(sizes)) {
+      backward_empty(params);
+    } else {
+      for_dtype(sizes.dtype, CudaBackward{params});
+    }
+#else
+    fail_without_cuda(kOp);
+#endif
+  } else if (sizes.dtype == DType::f64) {
+    reference::backward<double>(params);
+  } else {
+    cpu::backward(params);
+  }
+}
+
+}  // namespace mamba_native::selective_scan

@@ -1,0 +1,81 @@
+// The selective scan of Mamba-1 (Gu & Dao 2023, section 3.3, algorithm 2), forward and backward.
+//
+// For every batch b, channel d and state n, with g = d / (D / G):
+//   delta[t] = softplus?(delta_in[b,d,t] + delta_bias[d])
+//   h[t]     = exp(delta[t] A[d,n]) h[t-1] + delta[t] B[b,g,n,t] u[b,d,t],   h[-1] =
+//   initial_state[b,d,n] y[t]     = sum_n C[b,g,n,t] h[t] + D[d] u[b,d,t] out[t]   = y[t]
+//   silu(z[b,d,t]) with z, y[t] without
+//
+// Sizes: B batch, D channels, L length, N d_state, G groups of channels that share B and C (D % G
+// == 0). B = 0, D = 0 and L = 0 are valid: outputs are empty, last_state is the initial state.
+//
+// Dtypes: u, delta, z, time-varying B and C share one dtype T of float32, float16, bfloat16 (or
+// float64 on the CPU). Everything else is float32 (float64 if T is). Arithmetic and state are
+// float32.
+//
+// Strides: any for every input, 0 included, and any alignment. Outputs may have any strides that do
+// not overlap. `checkpoints` is contiguous.
+//
+// Errors: every function throws mamba_native::Error that names the argument, before memory is
+// touched. CUDA work is enqueued on `stream` of the inputs' device, which the caller has made
+// current; nothing synchronises or allocates, so calls can be captured in CUDA graphs.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensor.h"
+
+namespace mamba_native::selective_scan {
+
+// Steps between two stored states: `checkpoints` has ceil(L / kCheckpointInterval) of them.
+inline constexpr std::int64_t kCheckpointInterval = 256;
+
+// What forward and backward both read.
+struct Inputs {
+  TensorView u;              // (B, D, L) T
+  TensorView delta;          // (B, D, L) T
+  TensorView A;              // (D, N), float32; negative in every Mamba model
+  TensorView B;              // (D, N) float32 or (B, G, N, L) T
+  TensorView C;              // (D, N) float32 or (B, G, N, L) T
+  TensorView D;              // (D), float32, optional
+  TensorView z;              // (B, D, L) T, optional
+  TensorView delta_bias;     // (D), float32, optional
+  TensorView initial_state;  // (B, D, N), float32, optional: zero when absent
+  bool delta_softplus = false;
+};
+
+struct ForwardParams {
+  Inputs in;
+  TensorView out;          // (B, D, L) T
+  TensorView last_state;   // (B, D, N) float32: h[L-1]
+  TensorView checkpoints;  // (B, D, ceil(L / kCheckpointInterval), N) float32: the state that
+                           // enters each block of kCheckpointInterval steps
+  void* stream = nullptr;  // cudaStream_t; unused on the CPU
+  int config = -1;         // row of the kernel table to force (tests, tuning); -1 chooses
+};
+
+struct BackwardParams {
+  Inputs in;
+  TensorView dout;         // (B, D, L) T
+  TensorView dlast_state;  // (B, D, N) float32, optional: gradient of last_state
+  TensorView checkpoints;  // as forward wrote it
+
+  TensorView du;              // (B, D, L) T
+  TensorView ddelta;          // (B, D, L) T
+  TensorView dA;              // (D, N) float32
+  TensorView dB;              // shape of B, float32, contiguous
+  TensorView dC;              // shape of C, float32, contiguous
+  TensorView dD;              // (D) float32, present iff D is
+  TensorView dz;              // (B, D, L) T, present iff z is
+  TensorView ddelta_bias;     // (D) float32, present iff delta_bias is
+  TensorView dinitial_state;  // (B, D, N) float32, present iff initial_state is
+  void* stream = nullptr;
+  int config = -1;
+};
+
+// Every output is overwritten whole. CUDA's backward sums dA, dB, dC, dD and ddelta_bias with
+// float32 atomics, whose order varies between runs.
+void forward(const ForwardParams& params);
+void backward(const BackwardParams& params);
+
+}  // namespace mamba_native::selective_scan

@@ -1,0 +1,47 @@
+// The step on the CPU: how the work is cut, and what the kernel of an instruction set is given. Not
+// public; parameters are validated and not float64.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu/isa.h"
+#include "state_update/state_update.h"
+
+namespace mamba_native::state_update::cpu {
+
+using mamba_native::cpu::Isa;
+
+// Parallel over blocks of rows. Results depend on the instruction set, never on the threads.
+void update(const Params& params, Isa isa = mamba_native::cpu::current_isa());
+
+// Consecutive rows p of one (batch, head), with everything but the state already float32 and the
+// arrays over N padded with zeros to a multiple of kPad.
+inline constexpr std::int64_t kPad = 16;
+
+struct Rows {
+  void* state;  // row 0
+  DType dtype;
+  std::int64_t row_stride;  // of state, in elements
+  std::int64_t stride;
+  std::int64_t d_state;
+  const float* B;  // (padded N)
+  const float* C;  // (padded N)
+  const float* A;  // one value when `tied`, otherwise rows of padded N
+  std::int64_t A_row_stride;
+  bool tied;
+  bool dt_softplus;
+  const float* x;  // (kBlock), as the rest: only the first `count` matter
+  float* delta;    // dt + dt_bias on entry
+  const float* D;  // null when absent
+  const float* z;  // null when absent
+  float* out;
+  std::int64_t count;  // rows, at most kBlock
+};
+
+inline constexpr std::int64_t kBlock = 64;
+
+void update_rows_sse2(const Rows& rows);
+void update_rows_avx2(const Rows& rows);
+void update_rows_avx512(const Rows& rows);
+
+}  // namespace mamba_native::state_update::cpu

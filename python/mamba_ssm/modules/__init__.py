@@ -1,0 +1,1 @@
+"""Layers with upstream's parameters, initialisation and caches."""

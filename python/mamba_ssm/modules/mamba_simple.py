@@ -1,0 +1,174 @@
+"""The Mamba-1 layer (Gu & Dao 2023, section 3.4): projection, convolution, selective scan, gate, projection."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mamba_ssm.modules.block import Block as Block
+from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+
+class Mamba(nn.Module):
+    """Maps (B, L, d_model) to the same shape, causally.
+
+    d_state: N, states a channel; d_conv: width of the convolution; expand: inner width over d_model; dt_rank:
+    rank of the step size's projection, ceil(d_model / 16) for "auto". Step sizes start between dt_min and dt_max.
+    layer_idx: this layer's key in the inference cache. use_fast_path is kept for callers; one path serves all.
+    """
+
+    def __init__(
+        self,
+        d_model,
+        d_state=16,
+        d_conv=4,
+        expand=2,
+        dt_rank="auto",
+        dt_min=0.001,
+        dt_max=0.1,
+        dt_init="random",
+        dt_scale=1.0,
+        dt_init_floor=1e-4,
+        conv_bias=True,
+        bias=False,
+        use_fast_path=True,
+        layer_idx=None,
+        device=None,
+        dtype=None,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.d_model = d_model
+        self.d_state = d_state
+        self.d_conv = d_conv
+        self.expand = expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.use_fast_path = use_fast_path
+        self.layer_idx = layer_idx
+        self.activation = "silu"
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
+        self.conv1d = nn.Conv1d(
+            self.d_inner,
+            self.d_inner,
+            kernel_size=d_conv,
+            groups=self.d_inner,
+            padding=d_conv - 1,
+            bias=conv_bias,
+            **factory,
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory)
+        self._init_dt_proj(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+
+        # A = -exp(A_log) and D stay in float32 whatever the dtype of the rest.
+        states = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
+        self.A_log = nn.Parameter(torch.log(states).repeat(self.d_inner, 1))
+        self.A_log._no_weight_decay = True
+        self.D = nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32, device=device))
+        self.D._no_weight_decay = True
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+
+    def _init_dt_proj(self, dt_min, dt_max, dt_init, dt_scale, dt_init_floor):
+        """The weight keeps the input's variance; softplus(bias) is log-uniform in [dt_min, dt_max]."""
+        scale = self.dt_rank**-0.5 * dt_scale
+        if dt_init == "constant":
+            nn.init.constant_(self.dt_proj.weight, scale)
+        elif dt_init == "random":
+            nn.init.uniform_(self.dt_proj.weight, -scale, scale)
+        else:
+            raise NotImplementedError(f'dt_init must be "random" or "constant", got {dt_init!r}')
+        log_min, log_max = math.log(dt_min), math.log(dt_max)
+        uniform = torch.rand(self.d_inner, device=self.dt_proj.bias.device)
+        dt = torch.exp(uniform * (log_max - log_min) + log_min).clamp(min=dt_init_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self.dt_proj.bias._no_reinit = True
+
+    def forward(self, hidden_states, inference_params=None):
+        """(B, L, d_model) -> (B, L, d_model); with inference_params the cache is written or continued."""
+        batch, length, _ = hidden_states.shape
+        conv_state = ssm_state = None
+        if inference_params is not None:
+            conv_state, ssm_state = self._get_states_from_cache(inference_params, batch)
+            if inference_params.seqlen_offset > 0:
+                return self.step(hidden_states, conv_state, ssm_state)[0]
+
+        def by_channel(rows):
+            """(features, B L) -> (B, features, L), time contiguous as the kernels like it."""
+            return rows.view(-1, batch, length).transpose(0, 1)
+
+        xz = by_channel(self.in_proj.weight @ hidden_states.reshape(batch * length, -1).t())
+        if self.in_proj.bias is not None:
+            xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
+        x, z = xz.chunk(2, dim=1)
+        if conv_state is not None:
+            conv_state.copy_(F.pad(x, (self.d_conv - length, 0)))
+        x = causal_conv1d_fn(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.activation
+        )
+
+        x_dbl = self.x_proj(x.transpose(1, 2).reshape(batch * length, -1))
+        dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_scan_fn(
+            x,
+            by_channel(self.dt_proj.weight @ dt.t()),
+            -torch.exp(self.A_log.float()),
+            B.view(batch, length, -1).transpose(1, 2).contiguous(),
+            C.view(batch, length, -1).transpose(1, 2).contiguous(),
+            self.D.float(),
+            z=z,
+            delta_bias=self.dt_proj.bias.float(),
+            delta_softplus=True,
+            return_last_state=ssm_state is not None,
+        )
+        if ssm_state is not None:
+            y, last_state = y
+            ssm_state.copy_(last_state)
+        return self.out_proj(y.transpose(1, 2))
+
+    def step(self, hidden_states, conv_state, ssm_state):
+        """One token (B, 1, d_model) -> (out (B, 1, d_model), conv_state, ssm_state), states changed in place."""
+        assert hidden_states.shape[1] == 1, "decoding takes one token at a time"
+        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
+        x = causal_conv1d_update(
+            x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation
+        )
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_state_update(
+            ssm_state,
+            x,
+            F.linear(dt, self.dt_proj.weight),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+        )
+        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+        """Zeros: conv_state (B, d_inner, d_conv) and ssm_state (B, d_inner, d_state)."""
+
+        def zeros(width, weight):
+            shape = (batch_size, self.d_inner, width)
+            return torch.zeros(shape, device=weight.device, dtype=dtype or weight.dtype)
+
+        return zeros(self.d_conv, self.conv1d.weight), zeros(self.d_state, self.dt_proj.weight)
+
+    def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):
+        assert self.layer_idx is not None, "a cache needs layer_idx"
+        cache = inference_params.key_value_memory_dict
+        states = cache.get(self.layer_idx)
+        if states is None or states[0].shape[0] != batch_size:
+            states = cache[self.layer_idx] = self.allocate_inference_cache(batch_size, max_seqlen=1)
+        elif initialize_states:
+            for state in states:
+                state.zero_()
+        return states

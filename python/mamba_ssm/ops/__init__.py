@@ -1,0 +1,12 @@
+"""The operations under upstream's module paths."""
+
+from mamba_ssm._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__,
+    functions={
+        "selective_scan_fn": "mamba_ssm.ops.selective_scan_interface",
+        "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
+    },
+    submodules=("causal_conv1d", "selective_scan_interface", "triton"),
+)

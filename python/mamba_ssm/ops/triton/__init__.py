@@ -1,0 +1,10 @@
+"""Upstream's paths of operations that were Triton kernels there; here they are native, Triton is not used.
+
+`selective_state_update` stays the module, not the function of the same name inside it.
+"""
+
+from mamba_ssm._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__, functions={}, submodules=("layer_norm", "layernorm", "selective_state_update")
+)

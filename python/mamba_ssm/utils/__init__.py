@@ -1,0 +1,1 @@
+"""Generation, checkpoints and autocast helpers."""

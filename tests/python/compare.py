@@ -1,0 +1,105 @@
+"""The two metrics by which every result is judged, as in tests/support/compare.h.
+
+truth: the PyTorch reference in float64 on inputs already rounded to the dtype; yardstick: the same in float32.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f64": torch.float64,
+}
+FORWARD_SLACK, GRADIENT_SLACK = 2.0, 3.0
+
+_TABLE = Path(__file__).resolve().parents[1] / "support" / "bounds.inc"
+_BOUNDS = {
+    (op, dtype): float(bound)
+    for op, dtype, bound in re.findall(
+        r"^BOUND\((\w+), (\w+), (\S+)\)", _TABLE.read_text(), re.MULTILINE
+    )
+}
+
+
+def assert_close(op, dtype, name, out, truth, yardstick, slack):
+    """op and dtype ("f32", ...) choose the bound; truth and yardstick are the references' results."""
+    assert out.shape == truth.shape, (
+        f"{op} {name}: shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
+    )
+    if truth.numel() == 0:
+        return
+    yardstick = yardstick.to(out.dtype).double()
+    epsilon = torch.finfo(out.dtype).eps
+    out, truth = out.detach().cpu().double(), truth.double()
+    largest = truth.abs().max().item()
+    ulp = epsilon * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 0.0
+    error = (out - truth).square().sum().item()
+    size = truth.square().sum().item()
+    nmse = error / size if size > 0 else (0.0 if error == 0 else math.inf)
+    used_nmse = nmse / _BOUNDS[op, dtype]
+    worst = (out - truth).abs().max().item()
+    allowed = slack * (yardstick - truth).abs().max().item() + ulp
+    used_worst = worst / allowed if allowed > 0 else (0.0 if worst == 0 else math.inf)
+    report = f"{op} {dtype} {name}: {used_nmse:.0%} of the NMSE bound, {used_worst:.0%} of the largest error"
+    print(report)
+    assert used_nmse <= 1.0 and used_worst <= 1.0, report
+
+
+def evaluate(function, tensors, cotangents=None):
+    """function(**tensors) -> tuple. Returns ({"out0": ...}, {"d<name>": ...}, the cotangents used)."""
+    leaves = {
+        name: t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+    outputs = function(**leaves)
+    cotangents = [torch.randn_like(o) for o in outputs] if cotangents is None else cotangents
+    wanted = [name for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad]
+    gradients = torch.autograd.grad(
+        outputs, [leaves[name] for name in wanted], cotangents, allow_unused=True
+    )
+    gradients = [
+        torch.zeros_like(leaves[n]) if g is None else g
+        for n, g in zip(wanted, gradients, strict=True)
+    ]
+    return (
+        {f"out{i}": o.detach() for i, o in enumerate(outputs)},
+        {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)},
+        cotangents,
+    )
+
+
+def convert(tensors, dtype):
+    """Copies on the CPU, floating ones in another dtype."""
+
+    def one(tensor):
+        if tensor is None:
+            return None
+        return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
+
+    if isinstance(tensors, dict):
+        return {name: one(tensor) for name, tensor in tensors.items()}
+    return [one(tensor) for tensor in tensors]
+
+
+def judge(operation, dtype, function, reference, tensors):
+    """Outputs and gradients of function(**tensors) against those of reference(**tensors)."""
+    outputs, gradients, cotangents = evaluate(function, tensors)
+    truths = evaluate(
+        reference, convert(tensors, torch.float64), convert(cotangents, torch.float64)
+    )
+    yardsticks = evaluate(
+        reference, convert(tensors, torch.float32), convert(cotangents, torch.float32)
+    )
+    for results, truth, yardstick, direction, slack in (
+        (outputs, truths[0], yardsticks[0], "forward", FORWARD_SLACK),
+        (gradients, truths[1], yardsticks[1], "backward", GRADIENT_SLACK),
+    ):
+        for name, result in results.items():
+            assert_close(
+                f"{operation}_{direction}", dtype, name, result, truth[name], yardstick[name], slack
+            )

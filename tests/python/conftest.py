@@ -1,0 +1,48 @@
+"""What every Python test shares: the package under test, devices, seeds.
+
+The installed package is tested, or with MAMBA_NATIVE_LIBRARY set (or nothing installed) the source tree's.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if os.environ.get("MAMBA_NATIVE_LIBRARY") or importlib.util.find_spec("mamba_ssm") is None:
+    SOURCES = str(Path(__file__).resolve().parents[2] / "python")
+    sys.path.insert(0, SOURCES)
+    children = (SOURCES, os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, children))
+
+
+def _why_not_cuda():
+    if not torch.cuda.is_available():
+        return "no CUDA device in this machine, or a torch without CUDA"
+    from mamba_ssm.native.ops import native_info
+
+    if json.loads(native_info())["cuda"] is None:
+        return "the native library was built without CUDA"
+    return None
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and (reason := _why_not_cuda()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,0 +1,222 @@
+"""The Mamba layer: parameters, initialisation, caches, and agreement of its forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mamba_ssm.modules.block import Block
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.modules.mlp import GatedMLP
+from mamba_ssm.ops.causal_conv1d import causal_conv1d_ref
+from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+from mamba_ssm.ops.triton.layer_norm import RMSNorm
+from mamba_ssm.utils.generation import InferenceParams
+
+
+def test_parameters_have_upstreams_names_and_shapes():
+    model = Mamba(48, d_state=8, d_conv=3, expand=2, bias=True)
+    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == {
+        "A_log": (96, 8),
+        "D": (96,),
+        "in_proj.weight": (192, 48),
+        "in_proj.bias": (192,),
+        "conv1d.weight": (96, 1, 3),
+        "conv1d.bias": (96,),
+        "x_proj.weight": (3 + 16, 96),
+        "dt_proj.weight": (96, 3),
+        "dt_proj.bias": (96,),
+        "out_proj.weight": (48, 96),
+        "out_proj.bias": (48,),
+    }
+    names = set(Mamba(48, conv_bias=False).state_dict())
+    assert not names & {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
+
+
+def test_initialisation():
+    model = Mamba(64, dtype=torch.bfloat16, dt_rank=16, dt_min=0.01, dt_max=0.2)
+    assert model.A_log.dtype == model.D.dtype == torch.float32
+    assert model.in_proj.weight.dtype == torch.bfloat16
+    expected = torch.arange(1.0, 17.0).log().expand(128, -1)
+    torch.testing.assert_close(model.A_log.detach(), expected)
+    assert (model.D == 1).all()
+    dt = F.softplus(model.dt_proj.bias.float())
+    assert dt.min() > 0.01 * 0.98 and dt.max() < 0.2 * 1.02
+    log_dt = (dt.log() - math.log(0.01)) / math.log(20)
+    assert 0.35 < log_dt.mean() < 0.65  # uniform in the logarithm
+    assert model.dt_proj.weight.abs().max() <= 16**-0.5
+    assert model.A_log._no_weight_decay and model.D._no_weight_decay
+    assert model.dt_proj.bias._no_reinit
+    assert (Mamba(64, dt_init="constant", dt_scale=2.0).dt_proj.weight == 2 * 4**-0.5).all()
+    with pytest.raises(NotImplementedError, match="dt_init"):
+        Mamba(64, dt_init="zero")
+
+
+def plain(model, hidden):
+    """The layer's equations in plain PyTorch."""
+    x, z = (
+        F.linear(hidden, model.in_proj.weight, model.in_proj.bias).transpose(1, 2).chunk(2, dim=1)
+    )
+    x = causal_conv1d_ref(x, model.conv1d.weight.squeeze(1), model.conv1d.bias, activation="silu")
+    dt, B, C = model.x_proj(x.transpose(1, 2)).split(
+        [model.dt_rank, model.d_state, model.d_state], -1
+    )
+    y = selective_scan_ref(
+        x,
+        F.linear(dt, model.dt_proj.weight).transpose(1, 2),
+        -torch.exp(model.A_log),
+        B.transpose(1, 2),
+        C.transpose(1, 2),
+        model.D,
+        z,
+        model.dt_proj.bias,
+        delta_softplus=True,
+    )
+    return model.out_proj(y.transpose(1, 2))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 37])
+def test_forward_and_backward_are_the_equations(device, bias, length):
+    model = Mamba(32, bias=bias).to(device)
+    hidden = torch.randn(2, length, 32, device=device, requires_grad=True)
+    results = []
+    for function in (model, lambda h: plain(model, h)):
+        out = function(hidden)
+        wanted = [hidden, *model.parameters()]
+        results.append((out, *torch.autograd.grad(out.square().sum(), wanted)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 2, 9])
+def test_steps_continue_a_prompt(device, prompt):
+    """Prompt and decoding together are the forward pass over the whole, with a state wider than d_conv - 1."""
+    model = Mamba(32, layer_idx=0).to(device)
+    hidden = torch.randn(2, 12, 32, device=device)
+    params = InferenceParams(max_seqlen=12, max_batch_size=2)
+    parts = []
+    with torch.no_grad():
+        whole = model(hidden)
+        if prompt:
+            parts.append(model(hidden[:, :prompt], inference_params=params))
+        else:
+            params.key_value_memory_dict[0] = model.allocate_inference_cache(2, 12)
+        states = params.key_value_memory_dict[0]
+        for t in range(prompt, 12):
+            params.seqlen_offset = t
+            if t:
+                parts.append(model(hidden[:, t : t + 1], inference_params=params))
+            else:
+                parts.append(model.step(hidden[:, :1], *states)[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    assert params.key_value_memory_dict[0][1] is states[1]
+
+
+def test_caches(device):
+    model = Mamba(32, layer_idx=3, dtype=torch.bfloat16, device=device)
+    conv, ssm = model.allocate_inference_cache(4, 100)
+    assert (conv.shape, ssm.shape) == ((4, 64, 4), (4, 64, 16))
+    assert conv.dtype == ssm.dtype == torch.bfloat16 and not conv.any() and not ssm.any()
+    assert model.allocate_inference_cache(4, 100, dtype=torch.float32)[1].dtype == torch.float32
+    params = InferenceParams(max_seqlen=9, max_batch_size=4)
+    first = model._get_states_from_cache(params, 4)
+    first[0].fill_(1.0)
+    assert model._get_states_from_cache(params, 4) is first
+    assert not model._get_states_from_cache(params, 4, initialize_states=True)[0].any()
+    assert model._get_states_from_cache(params, 2)[0].shape[0] == 2
+    with pytest.raises(AssertionError, match="layer_idx"):
+        Mamba(32)._get_states_from_cache(params, 4)
+
+
+def test_step_takes_one_token():
+    model = Mamba(32)
+    with pytest.raises(AssertionError, match="one token"):
+        model.step(torch.randn(1, 2, 32), *model.allocate_inference_cache(1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_near_float32(device, dtype):
+    model = Mamba(32).to(device)
+    hidden = torch.randn(2, 20, 32, device=device)
+    whole = model(hidden)
+    out = model.to(dtype)(hidden.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), whole, rtol=0.05, atol=0.02)
+
+
+def test_autocast(device):
+    model = Mamba(32, bias=True).to(device)
+    hidden = torch.randn(2, 20, 32, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = model(hidden)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(out.float(), model(hidden), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(device, dynamic):
+    model = Mamba(32).to(device)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (5, 23):
+        hidden = torch.randn(2, length, 32, device=device)
+        results = []
+        for function in (model, compiled):
+            out = function(hidden)
+            results.append(
+                (out, *torch.autograd.grad(out.square().sum(), list(model.parameters())))
+            )
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_compiles_through_inductor(device):
+    model = Mamba(32).to(device)
+    hidden = torch.randn(2, 9, 32, device=device)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(hidden), model(hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_exports(device):
+    model = Mamba(32).to(device)
+    length = torch.export.Dim("length", min=2, max=100)
+    exported = torch.export.export(
+        model, (torch.randn(2, 9, 32, device=device),), dynamic_shapes=({1: length},)
+    )
+    hidden = torch.randn(2, 31, 32, device=device)
+    torch.testing.assert_close(exported.module()(hidden), model(hidden))
+
+
+@pytest.mark.parametrize("residual_in_fp32", [False, True])
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm, RMSNorm])
+def test_block_fused_is_unfused(device, norm, residual_in_fp32):
+    def block(fused):
+        torch.manual_seed(3)
+        return Block(32, Mamba, GatedMLP, norm, fused, residual_in_fp32).to(device)
+
+    hidden, residual = torch.randn(2, 5, 32, device=device), torch.randn(2, 5, 32, device=device)
+    fused, unfused = block(True), block(False)
+    assert set(fused.state_dict()) == set(unfused.state_dict())
+    for given in (None, residual):
+        torch.testing.assert_close(fused(hidden, given), unfused(hidden, given))
+
+
+def test_block_without_mlp_has_one_norm():
+    names = {name.split(".")[0] for name in Block(32, Mamba, torch.nn.Identity).state_dict()}
+    assert names == {"norm", "mixer"}
+
+
+def test_gated_mlp():
+    mlp = GatedMLP(48)
+    assert mlp.fc1.weight.shape == (2 * 128, 48) and mlp.fc2.weight.shape == (48, 128)
+    x = torch.randn(3, 48)
+    y, gate = F.linear(x, mlp.fc1.weight).chunk(2, -1)
+    torch.testing.assert_close(mlp(x), F.linear(y * F.silu(gate), mlp.fc2.weight))
+
+
+def test_block_is_importable_from_its_old_path():
+    from mamba_ssm.modules import mamba_simple
+
+    assert mamba_simple.Block is Block

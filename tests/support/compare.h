@@ -1,0 +1,38 @@
+// The two metrics by which every result is judged.
+//
+//   truth      the formula in float64, on inputs already rounded to the dtype: reference::f<double>
+//   on f64
+//              copies of the inputs (Tensor::to(DType::f64, kCpu))
+//   yardstick  the formula in float32 on the same inputs, the output rounded once to the dtype:
+//              reference::f<float> on tensors of the dtype
+//   1. NMSE = sum (out - truth)^2 / sum truth^2 stays under the bound of bounds.inc
+//   2. max |out - truth| <= slack max |yardstick - truth| + one ulp of the output's dtype at max
+//   |truth|,
+//      slack 2 forward and 3 for gradients
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace mamba_native::test {
+
+inline constexpr double kForwardSlack = 2.0;
+inline constexpr double kGradientSlack = 3.0;
+
+// The row of bounds.inc; throws when there is none.
+double nmse_bound(const std::string& op, DType dtype);
+
+double nmse(const std::vector<double>& out, const std::vector<double>& truth);
+
+// Both metrics. `op` is bounds.inc's name and `dtype` that of the activations; `out_dtype` that of
+// this output. The message, failed or not, says how much of each bound was used.
+testing::AssertionResult is_close(const std::string& op, DType dtype, const std::string& output,
+                                  DType out_dtype, const std::vector<double>& out,
+                                  const std::vector<double>& truth,
+                                  const std::vector<double>& yardstick, double slack);
+
+}  // namespace mamba_native::test
