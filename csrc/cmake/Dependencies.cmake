@@ -27,6 +27,7 @@ endif()
 if(MAMBA_TESTS)
   set(gtest_force_shared_crt ON CACHE BOOL "" FORCE) # /MD, as everything here
   set(INSTALL_GTEST OFF CACHE BOOL "" FORCE)
+  set(BUILD_GMOCK OFF CACHE BOOL "" FORCE)
   FetchContent_Declare(googletest
     GIT_REPOSITORY https://github.com/google/googletest.git
     GIT_TAG 52eb8108c5bdec04579160ae17225d66034bd723 # 1.17.0

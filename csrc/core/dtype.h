@@ -30,8 +30,8 @@ struct BFloat16 {
   std::uint16_t bits = 0;
 };
 
-// Always inlined: the CPU kernels' translation units are compiled for different instruction sets, and
-// the linker must not share one's copy with another.
+// Always inlined: the CPU kernels' translation units are compiled for different instruction sets,
+// and the linker must not share one's copy with another.
 MAMBA_ALWAYS_INLINE std::uint32_t float_bits(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -68,6 +68,9 @@ std::int64_t TensorView::numel() const {
 }
 
 bool TensorView::is_contiguous() const {
+  if (numel() == 0) {
+    return true;
+  }
   std::int64_t step = 1;
   for (int i = dim - 1; i >= 0; --i) {
     if (size[i] != 1 && stride[i] != step) {

@@ -49,26 +49,27 @@ __device__ __forceinline__ void add_residual(const Forward& p, const Vector& x,
   }
 }
 
-template <class T>
+template <class T, bool WHOLE>
 __device__ __forceinline__ void store_normalised(const Forward& p, std::int64_t row, int column,
                                                  float mean, float rstd,
                                                  const float (&h)[kVector]) {
   float y[kVector];
   float weight[kVector];
-  to_floats(load_vector(p.weight, p.weight.dtype, 0, column, p.features), p.weight.dtype, weight);
+  to_floats(load_vector<WHOLE>(p.weight, p.weight.dtype, 0, column, p.features), p.weight.dtype,
+            weight);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     y[i] = (h[i] - mean) * rstd * weight[i];
   }
   if (p.bias.data != nullptr) {
     float bias[kVector];
-    to_floats(load_vector(p.bias, p.bias.dtype, 0, column, p.features), p.bias.dtype, bias);
+    to_floats(load_vector<WHOLE>(p.bias, p.bias.dtype, 0, column, p.features), p.bias.dtype, bias);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       y[i] += bias[i];
     }
   }
-  store_vector(p.y, kDTypeOf<T>, row, column, p.features, y);
+  store_vector<WHOLE>(p.y, kDTypeOf<T>, row, column, p.features, y);
 }
 
 __device__ __forceinline__ void store_statistics(const Forward& p, std::int64_t row, float mean,
@@ -81,8 +82,9 @@ __device__ __forceinline__ void store_statistics(const Forward& p, std::int64_t 
   }
 }
 
-template <class T, int VECTORS>
-__global__ void __launch_bounds__(1024) forward_kernel(const Forward p) {
+// Everything moves as vectors.
+template <class T, int VECTORS, int THREADS>
+__global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
   __shared__ float slots[RowSum<1>::kSlots];
   RowSum<1> row_sum(slots);
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.y;
@@ -97,13 +99,13 @@ __global__ void __launch_bounds__(1024) forward_kernel(const Forward p) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
-      x[v] = load_vector(p.x, kDTypeOf<T>, row, column, features);
+      x[v] = load_vector<true>(p.x, kDTypeOf<T>, row, column, features);
     }
     if (p.residual.data != nullptr) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
-        residual[v] = load_vector(p.residual, p.residual.dtype, row, column, features);
+        residual[v] = load_vector<true>(p.residual, p.residual.dtype, row, column, features);
       }
     }
     float h[VECTORS][kVector];
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(1024) forward_kernel(const Forward p) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
-        store_vector(p.residual_out, p.residual_out.dtype, row, column, features, h[v]);
+        store_vector<true>(p.residual_out, p.residual_out.dtype, row, column, features, h[v]);
       }
     }
 
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(1024) forward_kernel(const Forward p) {
       const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const float centred = column + i < features ? h[v][i] - mean : 0.0f;
+        const float centred = column < features ? h[v][i] - mean : 0.0f;
         squares[0] = fmaf(centred, centred, squares[0]);
       }
     }
@@ -148,17 +150,17 @@ __global__ void __launch_bounds__(1024) forward_kernel(const Forward p) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
-        store_normalised<T>(p, row, column, mean, rstd, h[v]);
+        store_normalised<T, true>(p, row, column, mean, rstd, h[v]);
       }
       store_statistics(p, row, mean, rstd);
     }
   }
 }
 
-// Rows too wide for registers: the block walks the row three times (twice for RMSNorm); after the
-// first, most of it comes from the L2 cache.
-template <class T>
-__global__ void __launch_bounds__(1024) forward_kernel_wide(const Forward p) {
+// Rows of any width, strides and alignment: the block walks each row three times (twice for
+// RMSNorm); after the first, most of it comes from the L2 cache.
+template <class T, int THREADS>
+__global__ void __launch_bounds__(THREADS) forward_kernel_any(const Forward p) {
   __shared__ float slots[RowSum<1>::kSlots];
   RowSum<1> row_sum(slots);
   const int step = static_cast<int>(blockDim.x) * kVector;
@@ -169,18 +171,18 @@ __global__ void __launch_bounds__(1024) forward_kernel_wide(const Forward p) {
       float sum[1] = {0.0f};
       for (int column = static_cast<int>(threadIdx.x) * kVector; column < p.features;
            column += step) {
-        const Vector x = load_vector(p.x, kDTypeOf<T>, row, column, p.features);
+        const Vector x = load_vector<false>(p.x, kDTypeOf<T>, row, column, p.features);
         Vector residual;
         if (p.residual.data != nullptr) {
-          residual = load_vector(p.residual, p.residual.dtype, row, column, p.features);
+          residual = load_vector<false>(p.residual, p.residual.dtype, row, column, p.features);
         }
         float h[kVector];
         add_residual<T>(p, x, residual, h);
         if (pass == 2) {
           if (p.residual_out.data != nullptr) {
-            store_vector(p.residual_out, p.residual_out.dtype, row, column, p.features, h);
+            store_vector<false>(p.residual_out, p.residual_out.dtype, row, column, p.features, h);
           }
-          store_normalised<T>(p, row, column, mean, rstd, h);
+          store_normalised<T, false>(p, row, column, mean, rstd, h);
           continue;
         }
 #pragma unroll
@@ -205,13 +207,13 @@ __global__ void __launch_bounds__(1024) forward_kernel_wide(const Forward p) {
 
 template <class T, std::size_t I>
 void launch_forward(const Forward& p, const ForwardPlan& plan, cudaStream_t stream) {
-  constexpr int kVectors = kForwardConfigs[I].vectors;
+  constexpr Config kConfig = kForwardConfigs[I];
   const dim3 block(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows));
   const unsigned grid = static_cast<unsigned>(plan.blocks);
-  if constexpr (kVectors == 0) {
-    forward_kernel_wide<T><<<grid, block, 0, stream>>>(p);
+  if constexpr (kConfig.vectors == 0) {
+    forward_kernel_any<T, kConfig.threads><<<grid, block, 0, stream>>>(p);
   } else {
-    forward_kernel<T, kVectors><<<grid, block, 0, stream>>>(p);
+    forward_kernel<T, kConfig.vectors, kConfig.threads><<<grid, block, 0, stream>>>(p);
   }
   MAMBA_CUDA_CHECK_LAUNCH();
 }
@@ -225,6 +227,8 @@ constexpr std::array<ForwardLauncher, sizeof...(I)> forward_launchers(std::index
 
 template <class T>
 void forward(const ForwardParams& params, const ForwardPlan& plan) {
+  MAMBA_CHECK(params.x.size[1] <= kMaxFeatures, "layer_norm_forward: at most ", kMaxFeatures,
+              " features on CUDA, got ", params.x.size[1]);
   Forward p;
   p.x = rows_of(params.x);
   p.weight = rows_of(params.weight);

@@ -37,7 +37,7 @@ void check_output(const Call& call, const char* argument, const TensorView& tens
   check_dtype(call.op, argument, tensor, dtype);
   check_float(call.op, argument, tensor);
   check_device(call.op, argument, tensor, call.device);
-  for (int i = 0; i < tensor.dim; ++i) {
+  for (int i = 0; i < tensor.dim && tensor.numel() > 0; ++i) {
     MAMBA_CHECK(tensor.size[i] <= 1 || tensor.stride[i] != 0, call.op, ": ", argument,
                 " is written, so it cannot be an expanded view (stride 0 in dimension ", i,
                 "), got ", describe(tensor));
@@ -79,8 +79,7 @@ void validate(const ForwardParams& p) {
   if (p.residual_out.present()) {
     check_output(call, "residual_out", p.residual_out, {rows, features}, p.residual_out.dtype);
     MAMBA_CHECK((p.residual_out.dtype == DType::f64) == call.is_double, kForward,
-                ": residual_out must be float64 exactly when x is, got ",
-                describe(p.residual_out));
+                ": residual_out must be float64 exactly when x is, got ", describe(p.residual_out));
   }
   MAMBA_CHECK(p.mean.present() != p.is_rms_norm, kForward,
               ": mean is an output of LayerNorm and none of RMSNorm");
@@ -154,8 +153,7 @@ void forward(const ForwardParams& params) {
   const cuda::ForwardPlan plan = cuda::choose_forward(params);
   for_dtype(params.x.dtype, [&](auto tag) { cuda::forward<decltype(tag)>(params, plan); });
 #else
-  fail(kForward, ": x is on ", name(params.x.device),
-       ", but this library was built without CUDA");
+  fail(kForward, ": x is on ", name(params.x.device), ", but this library was built without CUDA");
 #endif
 }
 

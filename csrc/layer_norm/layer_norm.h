@@ -28,9 +28,9 @@ struct ForwardParams {
   TensorView y;             // (M, N), x's dtype
   TensorView residual_out;  // (M, N), any floating dtype, optional: h rounded once. y is computed
                             // from the unrounded h.
-  TensorView mean;         // (M) float32 (float64 if x is), contiguous; absent for RMS
-  TensorView rstd;         // (M) float32 (float64 if x is), contiguous
-  void* stream = nullptr;  // cudaStream_t
+  TensorView mean;          // (M) float32 (float64 if x is), contiguous; absent for RMS
+  TensorView rstd;          // (M) float32 (float64 if x is), contiguous
+  void* stream = nullptr;   // cudaStream_t
 };
 
 // With xhat = (h - mean) rstd, c1 = mean(xhat w dy), c2 = mean(w dy) (RMS: c2 = 0):

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/cuda/alignment.h"
 #include "core/math.h"
 
 namespace mamba_native::layer_norm::cuda {
@@ -12,6 +13,15 @@ constexpr int kWarp = 32;
 // Threads that hold a row of `features` with `vectors` vectors each: whole warps.
 std::int64_t threads_for(std::int64_t features, int vectors) {
   return ceil_div(features, std::int64_t{kVector} * vectors * kWarp) * kWarp;
+}
+
+bool moves(const TensorView& tensor) {
+  return !tensor.present() || mamba_native::cuda::moves_vectors(tensor, kVector);
+}
+
+// Threads of a kernel that walks over its row: no more than there are vectors.
+int walking_threads(std::int64_t features, const Config& config) {
+  return static_cast<int>(std::min<std::int64_t>(config.threads, threads_for(features, 1)));
 }
 
 template <std::size_t COUNT>
@@ -29,19 +39,23 @@ ForwardPlan choose_forward(const ForwardParams& params) {
   const std::int64_t rows = params.x.size[0];
   const std::int64_t features = params.x.size[1];
   constexpr std::int64_t kMaxBlocks = (std::int64_t{1} << 31) - 1;
+  const bool whole = features % kVector == 0 && moves(params.x) && moves(params.weight) &&
+                     moves(params.bias) && moves(params.residual) && moves(params.y) &&
+                     moves(params.residual_out);
   int vectors = 0;
-  for (const int candidate : {1, 2, 4}) {
+  for (const int candidate : {1, 2, 4, 8}) {
     const std::int64_t threads = threads_for(features, candidate);
     const Config& config = kForwardConfigs[index_of(kForwardConfigs, candidate)];
-    // More vectors a thread mean fewer threads and a cheaper sum, but not when an eighth idles.
+    // More vectors a thread mean fewer threads and a cheaper sum, but not when an eighth idles, and
+    // beyond four the registers cost more than that.
     const bool fills = threads * kVector * candidate <= features + features / 8;
-    if (threads <= config.threads && (vectors == 0 || fills)) {
+    if (whole && threads <= config.threads && (vectors == 0 || (fills && candidate <= 4))) {
       vectors = candidate;
     }
   }
   ForwardPlan plan{index_of(kForwardConfigs, vectors), 0, 1, 0};
   if (vectors == 0) {
-    plan.threads = kForwardConfigs[plan.config].threads;
+    plan.threads = walking_threads(features, kForwardConfigs[plan.config]);
   } else {
     constexpr int kThreads = 128;  // of a block of short rows
     plan.threads = static_cast<int>(threads_for(features, vectors));
@@ -54,19 +68,22 @@ ForwardPlan choose_forward(const ForwardParams& params) {
 BackwardPlan choose_backward(const BackwardParams& params) {
   const std::int64_t rows = params.h.size[0];
   const std::int64_t features = params.h.size[1];
+  const bool whole = features % kVector == 0 && moves(params.dy) && moves(params.dresidual_out) &&
+                     moves(params.h) && moves(params.weight) && moves(params.dx) &&
+                     moves(params.dresidual);
   int vectors = 0;
   for (const int candidate : {4, 2, 1}) {
     const Config& config = kBackwardConfigs[index_of(kBackwardConfigs, candidate)];
     const std::int64_t threads = threads_for(features, candidate);
     // The fewest registers that hold the row; but a second warp costs more than a second vector.
-    if (threads <= config.threads && (candidate > 1 || threads == kWarp)) {
+    if (whole && threads <= config.threads && (candidate > 1 || threads == kWarp)) {
       vectors = candidate;
     }
   }
   BackwardPlan plan{index_of(kBackwardConfigs, vectors), 0, 1, 0};
   const Config& config = kBackwardConfigs[plan.config];
   if (vectors == 0) {
-    plan.threads = config.threads;
+    plan.threads = walking_threads(features, config);
   } else {
     plan.threads = static_cast<int>(threads_for(features, vectors));
     plan.rows = std::max(1, config.threads / 2 / plan.threads);

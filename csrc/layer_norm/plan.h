@@ -9,24 +9,25 @@
 
 namespace mamba_native::layer_norm::cuda {
 
-// Elements that a thread moves at once: 16 bytes of float32, 8 bytes of a 16-bit type. A residual in
-// float32 beside 16-bit activations is the models' default, and only vectors of the same count of
-// elements keep both coalesced.
+// Elements that a thread moves at once: 16 bytes of float32, 8 bytes of a 16-bit type. A residual
+// in float32 beside 16-bit activations is the models' default, and only vectors of the same count
+// of elements keep both coalesced.
 inline constexpr int kVector = 4;
 
-// One row = one kernel per dtype of x: a row of the tensor lies in the registers of `threads` threads,
-// `vectors` vectors each. A row of 0 vectors streams through the tensor's row several times instead
-// and takes any width.
+// One row = one kernel per dtype of x: a row of the tensor lies in the registers of `threads`
+// threads, `vectors` vectors each. The kernel without vectors walks over the tensor's row several
+// times instead; it takes any width, strides and alignment.
 struct Config {
   int vectors;
   int threads;  // of a block, at most
 };
 
 inline constexpr Config kForwardConfigs[] = {
-    {1, 1024},  // up to 128 features in one warp
-    {2, 1024},  // up to 256, and widths that four vectors a thread would fill badly
-    {4, 1024},  // up to 16384
-    {0, 1024},  // wider
+    {1, 512},  // up to 128 features in one warp
+    {2, 512},  // up to 256, and widths that four vectors a thread would fill badly
+    {4, 512},  // up to 8192
+    {8, 512},  // up to 16384
+    {0, 512},  // wider, or not made of vectors
 };
 inline constexpr std::size_t kForwardCount = sizeof(kForwardConfigs) / sizeof(kForwardConfigs[0]);
 
@@ -36,22 +37,22 @@ inline constexpr Config kBackwardConfigs[] = {
     {1, 640},  // up to 128 features in one warp
     {2, 640},  // up to 5120
     {4, 512},  // up to 8192
-    {0, 512},  // wider
+    {0, 512},  // wider, or not made of vectors
 };
 inline constexpr std::size_t kBackwardCount =
     sizeof(kBackwardConfigs) / sizeof(kBackwardConfigs[0]);
 
 struct ForwardPlan {
-  int config;          // row of kForwardConfigs
-  int threads;         // that share a row
-  int rows;            // of a block, side by side
+  int config;   // row of kForwardConfigs
+  int threads;  // that share a row
+  int rows;     // of a block, side by side
   std::int64_t blocks;
 };
 
 struct BackwardPlan {
-  int config;          // row of kBackwardConfigs
-  int threads;         // that share a row
-  int rows;            // of a block, side by side
+  int config;           // row of kBackwardConfigs
+  int threads;          // that share a row
+  int rows;             // of a block, side by side
   std::int64_t blocks;  // each writes one row of the workspace
 };
 
@@ -66,7 +67,8 @@ void forward(const ForwardParams& params, const ForwardPlan& plan);
 template <class T>
 void backward(const BackwardParams& params, const BackwardPlan& plan);
 
-// Second stage of backward: dweight and dbias are the sums of the first `blocks` rows of the workspace.
+// Second stage of backward: dweight and dbias are the sums of the first `blocks` rows of the
+// workspace.
 void sum_workspace(const BackwardParams& params, std::int64_t blocks);
 
 }  // namespace mamba_native::layer_norm::cuda

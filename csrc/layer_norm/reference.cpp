@@ -27,32 +27,32 @@ void put(const TensorView& tensor, std::int64_t i, std::int64_t j, double value)
 
 }  // namespace
 
-template <class Scalar>
+template <class Scalar, class Sum>
 void forward(const ForwardParams& params) {
   const std::int64_t features = params.x.size[1];
   std::vector<Scalar> h(static_cast<std::size_t>(features));
   for (std::int64_t m = 0; m < params.x.size[0]; ++m) {
-    double sum = 0;
+    Sum sum = 0;
     for (std::int64_t n = 0; n < features; ++n) {
       Scalar& value = h[static_cast<std::size_t>(n)];
       value = at<Scalar>(params.x, m, n);
       if (params.residual.present()) {
         value += at<Scalar>(params.residual, m, n);
       }
-      sum += static_cast<double>(value);
+      sum += static_cast<Sum>(value);
       if (params.residual_out.present()) {
         put(params.residual_out, m, n, static_cast<double>(value));
       }
     }
     const Scalar mean =
-        params.is_rms_norm ? Scalar(0) : static_cast<Scalar>(sum / static_cast<double>(features));
-    double squares = 0;
+        params.is_rms_norm ? Scalar(0) : static_cast<Scalar>(sum / static_cast<Sum>(features));
+    Sum squares = 0;
     for (const Scalar value : h) {
       const Scalar centred = value - mean;
-      squares += static_cast<double>(centred * centred);
+      squares += static_cast<Sum>(centred * centred);
     }
-    const Scalar rstd =
-        static_cast<Scalar>(1 / std::sqrt(squares / static_cast<double>(features) + params.eps));
+    const Scalar rstd = static_cast<Scalar>(
+        1 / std::sqrt(squares / static_cast<Sum>(features) + static_cast<Sum>(params.eps)));
     for (std::int64_t n = 0; n < features; ++n) {
       Scalar y = (h[static_cast<std::size_t>(n)] - mean) * rstd * at<Scalar>(params.weight, n);
       if (params.bias.present()) {
@@ -67,31 +67,32 @@ void forward(const ForwardParams& params) {
   }
 }
 
-template <class Scalar>
+template <class Scalar, class Sum>
 void backward(const BackwardParams& params) {
   const std::int64_t features = params.h.size[1];
-  std::vector<double> dweight(static_cast<std::size_t>(features));
-  std::vector<double> dbias(static_cast<std::size_t>(features));
+  std::vector<Sum> dweight(static_cast<std::size_t>(features));
+  std::vector<Sum> dbias(static_cast<std::size_t>(features));
   for (std::int64_t m = 0; m < params.h.size[0]; ++m) {
     const Scalar mean = params.is_rms_norm ? Scalar(0) : at<Scalar>(params.mean, m);
     const Scalar rstd = at<Scalar>(params.rstd, m);
-    double c1 = 0;
-    double c2 = 0;
+    Sum sum1 = 0;
+    Sum sum2 = 0;
     for (std::int64_t n = 0; n < features; ++n) {
       const Scalar xhat = (at<Scalar>(params.h, m, n) - mean) * rstd;
       const Scalar dy = at<Scalar>(params.dy, m, n);
       const Scalar wdy = at<Scalar>(params.weight, n) * dy;
-      c1 += static_cast<double>(xhat * wdy);
-      c2 += static_cast<double>(wdy);
-      dweight[static_cast<std::size_t>(n)] += static_cast<double>(dy * xhat);
-      dbias[static_cast<std::size_t>(n)] += static_cast<double>(dy);
+      sum1 += static_cast<Sum>(xhat * wdy);
+      sum2 += static_cast<Sum>(wdy);
+      dweight[static_cast<std::size_t>(n)] += static_cast<Sum>(dy * xhat);
+      dbias[static_cast<std::size_t>(n)] += static_cast<Sum>(dy);
     }
-    c1 /= static_cast<double>(features);
-    c2 = params.is_rms_norm ? 0 : c2 / static_cast<double>(features);
+    const Scalar c1 = static_cast<Scalar>(sum1 / static_cast<Sum>(features));
+    const Scalar c2 =
+        params.is_rms_norm ? Scalar(0) : static_cast<Scalar>(sum2 / static_cast<Sum>(features));
     for (std::int64_t n = 0; n < features; ++n) {
       const Scalar xhat = (at<Scalar>(params.h, m, n) - mean) * rstd;
       const Scalar wdy = at<Scalar>(params.weight, n) * at<Scalar>(params.dy, m, n);
-      Scalar dh = (wdy - xhat * static_cast<Scalar>(c1) - static_cast<Scalar>(c2)) * rstd;
+      Scalar dh = (wdy - xhat * c1 - c2) * rstd;
       if (params.dresidual_out.present()) {
         dh += at<Scalar>(params.dresidual_out, m, n);
       }
@@ -102,16 +103,18 @@ void backward(const BackwardParams& params) {
     }
   }
   for (std::int64_t n = 0; n < features; ++n) {
-    put(params.dweight, n, dweight[static_cast<std::size_t>(n)]);
+    put(params.dweight, n, static_cast<double>(dweight[static_cast<std::size_t>(n)]));
     if (params.dbias.present()) {
-      put(params.dbias, n, dbias[static_cast<std::size_t>(n)]);
+      put(params.dbias, n, static_cast<double>(dbias[static_cast<std::size_t>(n)]));
     }
   }
 }
 
-template void forward<float>(const ForwardParams&);
-template void forward<double>(const ForwardParams&);
-template void backward<float>(const BackwardParams&);
-template void backward<double>(const BackwardParams&);
+template void forward<float, float>(const ForwardParams&);
+template void forward<float, double>(const ForwardParams&);
+template void forward<double, double>(const ForwardParams&);
+template void backward<float, float>(const BackwardParams&);
+template void backward<float, double>(const BackwardParams&);
+template void backward<double, double>(const BackwardParams&);
 
 }  // namespace mamba_native::layer_norm::reference

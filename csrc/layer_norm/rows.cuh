@@ -1,14 +1,15 @@
-// How the norm's kernels see their tensors: rows of vectors of kVector elements, of a dtype known at
-// run time, and the sum over the threads that share a row.
+// How the norm's kernels see their tensors: rows of vectors of kVector elements, of a dtype known
+// at run time, and the sum over the threads that share a row.
 //
-// A block is (threads that share a row, rows side by side); blockDim.x is a multiple of 32, so a warp
-// never holds parts of two rows.
+// A block is (threads that share a row, rows side by side); blockDim.x is a multiple of 32, so a
+// warp never holds parts of two rows.
 #pragma once
 
 #include "core/cuda/alignment.h"
 #include "core/cuda/any_dtype.cuh"
 #include "core/cuda/launch.h"
 #include "core/cuda/memory.cuh"
+#include "core/error.h"
 #include "core/math.h"
 #include "layer_norm/plan.h"
 
@@ -19,6 +20,9 @@ using mamba_native::cuda::Stored;
 using mamba_native::cuda::to_floats;
 using mamba_native::cuda::warp_sum;
 using Vector = Stored<kVector>;
+
+// Columns are int; a step beyond the last one must not overflow.
+inline constexpr std::int64_t kMaxFeatures = std::int64_t{1} << 30;
 
 // A (M, N) tensor, or (N) as one row.
 struct Rows {
@@ -42,25 +46,42 @@ inline Rows rows_of(const TensorView& tensor) {
 }
 
 // The kVector elements of `row` from `column` on; those from `features` on read as 0. `dtype` is
-// rows.dtype, or the same as a constant where the kernel knows it.
+// rows.dtype, or the same as a constant where the kernel knows it. WHOLE: every tensor moves as
+// vectors and features is a multiple of kVector.
+template <bool WHOLE>
 __device__ __forceinline__ Vector load_vector(const Rows& rows, DType dtype, std::int64_t row,
                                               int column, int features) {
-  return mamba_native::cuda::load_stored<kVector>(rows.data, dtype,
-                                                  row * rows.row_stride + column * rows.step,
-                                                  rows.step, features - column, rows.vectorize);
+  const bool inside = column < features;
+  if constexpr (WHOLE) {
+    return mamba_native::cuda::load_stored<kVector>(
+        rows.data, dtype, row * rows.row_stride + column, 1, inside ? kVector : 0, inside);
+  } else {
+    return mamba_native::cuda::load_stored<kVector>(rows.data, dtype,
+                                                    row * rows.row_stride + column * rows.step,
+                                                    rows.step, features - column, rows.vectorize);
+  }
 }
 
+template <bool WHOLE>
 __device__ __forceinline__ void store_vector(const Rows& rows, DType dtype, std::int64_t row,
                                              int column, int features,
                                              const float (&values)[kVector]) {
-  mamba_native::cuda::store_stored<kVector>(
-      rows.data, dtype, row * rows.row_stride + column * rows.step, rows.step, features - column,
-      rows.vectorize, mamba_native::cuda::to_stored<kVector>(values, dtype));
+  const Vector stored = mamba_native::cuda::to_stored<kVector>(values, dtype);
+  const bool inside = column < features;
+  if constexpr (WHOLE) {
+    mamba_native::cuda::store_stored<kVector>(rows.data, dtype, row * rows.row_stride + column, 1,
+                                              inside ? kVector : 0, inside, stored);
+  } else {
+    mamba_native::cuda::store_stored<kVector>(rows.data, dtype,
+                                              row * rows.row_stride + column * rows.step, rows.step,
+                                              features - column, rows.vectorize, stored);
+  }
 }
 
-// Sums over the threads of a row, `COUNT` values at a time, in an order that never changes. Each sum
-// takes the other half of the slots: a warp that is already writing the next sum cannot overwrite
-// what a slower one still reads, and the barrier of the next sum comes before the halves meet again.
+// Sums over the threads of a row, `COUNT` values at a time, in an order that never changes. Each
+// sum takes the other half of the slots: a warp that is already writing the next sum cannot
+// overwrite what a slower one still reads, and the barrier of the next sum comes before the halves
+// meet again.
 template <int COUNT>
 class RowSum {
  public:
@@ -79,7 +100,8 @@ class RowSum {
     }
     const int warp = static_cast<int>(threadIdx.x / 32);
     const int lane = static_cast<int>(threadIdx.x % 32);
-    float* const mine = slots_ + half_ * (32 * COUNT) + static_cast<int>(threadIdx.y) * warps * COUNT;
+    float* const mine =
+        slots_ + half_ * (32 * COUNT) + static_cast<int>(threadIdx.y) * warps * COUNT;
     half_ ^= 1;
     if (lane == 0) {
 #pragma unroll

@@ -79,6 +79,14 @@ __device__ __forceinline__ void exchange_put(float* to, const float (&values)[kI
       make_float4(values[4], values[5], values[6], values[7]);
 }
 
+// CTAs that the register budget keeps on one multiprocessor. Before Hopper, ptxas spills where it
+// must fit eight warps into 128 registers each.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int resident_blocks(int warps, int blocks) { return warps == 8 ? 1 : blocks; }
+#else
+constexpr int resident_blocks(int, int blocks) { return blocks; }
+#endif
+
 // Lanes over time, any d_state.
 //   grid    (b, group, block of WARPS channels of the group), one dimension
 //   CTA     warp = one channel, lane = kItems steps of a tile of kCheckpointInterval steps
@@ -89,7 +97,8 @@ __device__ __forceinline__ void exchange_put(float* to, const float (&values)[kI
 // warp for both directions, second run), and the channel's share of dB and dC goes through shared
 // memory, where the CTA sums its channels before one atomic per 4 steps.
 template <class T, int WARPS, int BLOCKS>
-__global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_backward(const BackwardArgs<T> args) {
+__global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
+    scan_backward(const BackwardArgs<T> args) {
   constexpr int kThreads = WARPS * kWarp;
   constexpr int kExchange = 2 * kItems * kWarp;  // floats per warp and buffer: dB and dC
   constexpr int kStageStride = kWarp + 1;        // so that columns fall into different banks
@@ -99,46 +108,38 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_backward(const Back
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   float* const exchange = reinterpret_cast<float*>(shared_memory);
-  float* const stage =
-      exchange + 2 * WARPS * kExchange + warp * kBackwardStage * kStageStride;
-  float* const carries = exchange + WARPS * (2 * kExchange + kBackwardStage * kStageStride) +
-                         warp * in.d_state;
+  float* const stage = exchange + 2 * WARPS * kExchange + warp * kBackwardStage * kStageStride;
+  float* const carries =
+      exchange + WARPS * (2 * kExchange + kBackwardStage * kStageStride) + warp * in.d_state;
 
-  const std::int64_t blocks = ceil_div(in.channels_per_group, WARPS);
-  const std::int64_t groups = in.channels / in.channels_per_group;
-  const std::int64_t in_group = blockIdx.x % blocks * WARPS + warp;
-  const std::int64_t group = blockIdx.x / blocks % groups;
-  const std::int64_t b = blockIdx.x / blocks / groups;
+  const int blocks = (in.channels_per_group + WARPS - 1) / WARPS;
+  const int in_group = static_cast<int>(blockIdx.x) % blocks * WARPS + warp;
+  const int group = static_cast<int>(blockIdx.x) / blocks % in.groups;
+  const int b = static_cast<int>(blockIdx.x) / blocks / in.groups;
   // A warp beyond the group's end keeps up with the barriers and contributes zeros.
   const bool active = in_group < in.channels_per_group;
-  const std::int64_t c = group * in.channels_per_group + (active ? in_group : 0);
+  const int c = group * in.channels_per_group + (active ? in_group : 0);
   const bool exchanges = !(args.dB.constant && args.dC.constant);
 
   const CoefficientRows<T> rows_b(in.B, b, group, c);
   const CoefficientRows<T> rows_c(in.C, b, group, c);
-  const float bias = in.delta_bias.get(0, c, 0);
-  const float skip = in.D.get(0, c, 0);
+  const std::int64_t first_row = (static_cast<std::int64_t>(b) * in.groups + group) * in.d_state;
   float sum_dD = 0.0f, sum_dbias = 0.0f;
   int buffer = 0;
 
-  for (std::int64_t tile = in.tiles - 1; tile >= 0; --tile) {
-    const std::int64_t t0 = tile * kCheckpointInterval;
+  for (int tile = in.tiles - 1; tile >= 0; --tile) {
+    const std::int64_t t0 = static_cast<std::int64_t>(tile) * kCheckpointInterval;
     const std::int64_t first = t0 + lane * kItems;
     const int valid = active ? valid_items(in.length, first) : 0;
-    const auto* const u_at = in.u.row(b, c) + first * in.u.step;
-    const auto* const delta_at = in.delta.row(b, c) + first * in.delta.step;
-    const auto* const z_at = in.z.row(b, c) + first * in.z.step;
-    const auto* const dout_at = args.dout.row(b, c) + first * args.dout.step;
-
     float delta[kItems], x[kItems], g[kItems];
     float elapsed = 0.0f;  // sum of delta over the lane's steps
-    load_items(delta_at, in.delta.step, valid, in.delta.vectorize).floats(delta);
-    load_items(u_at, in.u.step, valid, in.u.vectorize).floats(x);
-    load_items(dout_at, args.dout.step, valid, args.dout.vectorize).floats(g);
-    discretise(delta, bias, in.delta_softplus, valid);
+    in.delta.load(b, c, first, valid).floats(delta);
+    in.u.load(b, c, first, valid).floats(x);
+    args.dout.load(b, c, first, valid).floats(g);
+    discretise(delta, in.delta_bias.get(0, c, 0), in.delta_softplus, valid);
     if (in.z.data != nullptr) {
       float z[kItems];
-      load_items(z_at, in.z.step, valid, in.z.vectorize).floats(z);
+      in.z.load(b, c, first, valid).floats(z);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         g[i] *= fast_silu(z[i]);
@@ -159,8 +160,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_backward(const Back
       float rates = 0.0f, entering_states = 0.0f, carry = 0.0f;
       if (active && lane < states) {
         rates = in.A.at(0, c, n0 + lane);
-        entering_states =
-            args.checkpoints[((b * in.channels + c) * in.tiles + tile) * in.d_state + n0 + lane];
+        entering_states = args.checkpoints[checkpoint_offset(in, b, c, tile) + n0 + lane];
         carry = tile + 1 == in.tiles ? args.dlast_state.get(b, c, n0 + lane) : carries[n0 + lane];
       }
 
@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_backward(const Back
         const float tile_start = __shfl_sync(kAllLanes, handed, 0);
         carry = lane == j ? tile_start : carry;
 
-        // Two exchange buffers: whoever still sums this one's last use has yet to arrive at the barrier
-        // of the other's.
+        // Two exchange buffers: whoever still sums this one's last use has yet to arrive at the
+        // barrier of the other's.
         float* const mine = exchange + (buffer * WARPS + warp) * kExchange + lane * 4;
         float w[kItems], gradient[kItems];
 #pragma unroll
@@ -224,7 +224,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_backward(const Back
           y[i] = fmaf(c_values[i], h, y[i]);
         }
         if (args.dC.constant) {
-          add_over_time(args.dC.data + c * in.d_state + n, gradient, lane, active);
+          add_over_time(args.dC.data + static_cast<std::int64_t>(c) * in.d_state + n, gradient,
+                        lane, active);
         } else {
           exchange_put(mine + kExchange / 2, gradient);
         }
@@ -241,7 +242,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_backward(const Back
         }
 
         if (args.dB.constant) {
-          add_over_time(args.dB.data + c * in.d_state + n, gradient, lane, active);
+          add_over_time(args.dB.data + static_cast<std::int64_t>(c) * in.d_state + n, gradient,
+                        lane, active);
         } else {
           exchange_put(mine, gradient);
         }
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_backward(const Back
             }
             // v = (dB or dC, steps 0-3 or 4-7 of a lane, lane)
             const std::int64_t t = t0 + v % kWarp * kItems + v / kWarp % 2 * 4;
-            float* const at = to.data + ((b * groups + group) * in.d_state + n) * in.length + t;
+            float* const at = to.data + (first_row + n) * in.length + t;
             if (to.vectorize && t < in.length) {
               atomic_add4(at, sum[0], sum[1], sum[2], sum[3]);
             } else {
@@ -313,35 +315,38 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_backward(const Back
     }
 
     // The activations again: they come from the cache, and registers were short in between.
+    const int row = recomputed(c);
+    const std::int64_t start =
+        static_cast<std::int64_t>(recomputed(tile)) * kCheckpointInterval + lane * kItems;
+    const int exist = active ? valid_items(in.length, start) : 0;
+    const float bias = in.delta_bias.get(0, row, 0);
+    const float skip = in.D.get(0, row, 0);
     float u[kItems], raw_delta[kItems], out[kItems];
-    load_items(u_at, in.u.step, valid, in.u.vectorize).floats(u);
-    load_items(delta_at, in.delta.step, valid, in.delta.vectorize).floats(raw_delta);
+    in.u.load(b, row, start, exist).floats(u);
+    in.delta.load(b, row, start, exist).floats(raw_delta);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       out[i] = fmaf(sum_qb[i], delta[i], skip * g[i]);
     }
-    store_span(args.du.row(b, c) + first * args.du.step, args.du.step, valid, args.du.vectorize,
-               out);
+    args.du.store(b, row, start, exist, out);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const float value = raw_delta[i] + bias;
       const float slope =
           in.delta_softplus && value <= kSoftplusThreshold ? fast_sigmoid(value) : 1.0f;
-      out[i] = i < valid ? fmaf(sum_qb[i], u[i], sum_qaw[i]) * slope : 0.0f;
+      out[i] = i < exist ? fmaf(sum_qb[i], u[i], sum_qaw[i]) * slope : 0.0f;
       sum_dbias += out[i];
     }
-    store_span(args.ddelta.row(b, c) + first * args.ddelta.step, args.ddelta.step, valid,
-               args.ddelta.vectorize, out);
+    args.ddelta.store(b, row, start, exist, out);
     if (in.z.data != nullptr) {
       float z[kItems], dout[kItems];
-      load_items(z_at, in.z.step, valid, in.z.vectorize).floats(z);
-      load_items(dout_at, args.dout.step, valid, args.dout.vectorize).floats(dout);
+      in.z.load(b, row, start, exist).floats(z);
+      args.dout.load(b, row, start, exist).floats(dout);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         out[i] = dout[i] * fmaf(skip, u[i], y[i]) * fast_silu_grad(z[i]);
       }
-      store_span(args.dz.row(b, c) + first * args.dz.step, args.dz.step, valid, args.dz.vectorize,
-                 out);
+      args.dz.store(b, row, start, exist, out);
     }
   }
 
@@ -415,7 +420,7 @@ void backward(const BackwardParams& params) {
   const cudaStream_t stream = static_cast<cudaStream_t>(params.stream);
 
   BackwardArgs<T> args;
-  args.in = device_inputs<T>(params.in, problem.channels_per_group());
+  args.in = device_inputs<T>(params.in, problem.groups);
   args.dout = sequence<const T>(params.dout);
   args.dlast_state = weights<const float>(params.dlast_state);
   args.checkpoints = params.checkpoints.as<const float>();
@@ -434,9 +439,9 @@ void backward(const BackwardParams& params) {
       find_backward_kernel<T>(index, std::make_index_sequence<kBackwardConfigCount>());
   const int shared = static_cast<int>(backward_shared_memory(config.warps, problem.d_state));
   mamba_native::cuda::allow_shared_memory(kernel, shared);
-  const std::int64_t blocks =
-      problem.groups * ceil_div(problem.channels_per_group(), config.warps);
-  kernel<<<grid_size(problem.batch * blocks), config.warps * kWarp, shared, stream>>>(args);
+  const std::int64_t blocks = problem.groups * ceil_div(problem.channels_per_group(), config.warps);
+  kernel<<<static_cast<unsigned>(count(problem.batch * blocks)), config.warps * kWarp, shared,
+           stream>>>(args);
   MAMBA_CUDA_CHECK_LAUNCH();
 }
 

@@ -7,9 +7,10 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// to[i, j, k, l] = from[i, j, k, l] or 0: one thread per element, last dimension fastest. Runs only for
-// calls with an empty dimension, so nothing here is tuned.
-__global__ void __launch_bounds__(kThreads) copy_kernel(TensorView to, TensorView from, std::int64_t count) {
+// to[i, j, k, l] = from[i, j, k, l] or 0: one thread per element, last dimension fastest. Runs only
+// for calls with an empty dimension, so nothing here is tuned.
+__global__ void __launch_bounds__(kThreads)
+    copy_kernel(TensorView to, TensorView from, std::int64_t count) {
   std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= count) {
     return;

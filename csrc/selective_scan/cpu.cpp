@@ -12,8 +12,8 @@ namespace mamba_native::selective_scan::cpu {
 namespace {
 
 // Enough slices to keep many cores busy and evenly loaded, few enough to share the conversion of B
-// and C, and the partial sums of dB and dC, among the channels of a slice. The cut is a function of the
-// shape alone, so results do not depend on the number of threads.
+// and C, and the partial sums of dB and dC, among the channels of a slice. The cut is a function of
+// the shape alone, so results do not depend on the number of threads.
 constexpr std::int64_t kSlices = 64;
 
 // Partial dB and dC of all slices take about this many floats (16 MB) at once.
@@ -44,7 +44,8 @@ const Kernels& kernels_of(Isa isa) {
 class Scratch {
  public:
   explicit Scratch(std::int64_t count) : memory_(static_cast<std::size_t>(count + kLine)) {
-    const std::uintptr_t misalignment = reinterpret_cast<std::uintptr_t>(memory_.data()) % (4 * kLine);
+    const std::uintptr_t misalignment =
+        reinterpret_cast<std::uintptr_t>(memory_.data()) % (4 * kLine);
     first_ = memory_.data() + (misalignment == 0 ? 0 : kLine - misalignment / 4);
   }
   float* data() { return first_; }
@@ -62,7 +63,8 @@ class Slices {
     group_channels_ = channels_ / groups;
     const std::int64_t blocks = ceil_div(group_channels_, lanes);
     const std::int64_t all_blocks = in.u.size[0] * groups * blocks;
-    slice_blocks_ = std::min(std::max<std::int64_t>(blocks, 1), ceil_div(std::max<std::int64_t>(all_blocks, 1), kSlices));
+    slice_blocks_ = std::min(std::max<std::int64_t>(blocks, 1),
+                             ceil_div(std::max<std::int64_t>(all_blocks, 1), kSlices));
     group_slices_ = ceil_div(blocks, slice_blocks_);
     batch_slices_ = groups * group_slices_;
     count_ = in.u.size[0] * batch_slices_;
@@ -85,7 +87,9 @@ class Slices {
     return batch * batch_slices_ + channel / group_channels_ * group_slices_ +
            channel % group_channels_ / largest();
   }
-  std::int64_t place_of(std::int64_t channel) const { return channel % group_channels_ % largest(); }
+  std::int64_t place_of(std::int64_t channel) const {
+    return channel % group_channels_ % largest();
+  }
 
  private:
   std::int64_t lanes_;
@@ -141,19 +145,21 @@ void add_parts(const TensorView& to, const Slices& slices, const std::vector<flo
   const std::int64_t states = to.size[2];
   const std::int64_t length = to.size[3];
   const std::int64_t part_steps = ceil_div(end - begin, kCheckpointInterval) * kCheckpointInterval;
-  parallel_for(to.size[0] * to.size[1] * states, grain(slices.per_group() * (end - begin)), [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t row = first; row < last; ++row) {
-      float* sum = to.as<float>() + row * length + begin;
-      std::fill(sum, sum + (end - begin), 0.0f);
-      for (std::int64_t s = 0; s < slices.per_group(); ++s) {
-        const std::int64_t slice = row / states * slices.per_group() + s;
-        const float* part = parts.data() + (slice * states + row % states) * part_steps;
-        for (std::int64_t t = 0; t < end - begin; ++t) {
-          sum[t] += part[t];
-        }
-      }
-    }
-  });
+  parallel_for(to.size[0] * to.size[1] * states, grain(slices.per_group() * (end - begin)),
+               [&](std::int64_t first, std::int64_t last) {
+                 for (std::int64_t row = first; row < last; ++row) {
+                   float* sum = to.as<float>() + row * length + begin;
+                   std::fill(sum, sum + (end - begin), 0.0f);
+                   for (std::int64_t s = 0; s < slices.per_group(); ++s) {
+                     const std::int64_t slice = row / states * slices.per_group() + s;
+                     const float* part =
+                         parts.data() + (slice * states + row % states) * part_steps;
+                     for (std::int64_t t = 0; t < end - begin; ++t) {
+                       sum[t] += part[t];
+                     }
+                   }
+                 }
+               });
 }
 
 }  // namespace
@@ -166,7 +172,8 @@ void forward(const ForwardParams& params, Isa isa) {
   const Kernels& kernels = kernels_of(isa);
   const Slices slices(params.in, kernels.lanes);
   const std::int64_t scratch_size = kernels.forward_scratch(params.in.A.size[1], slices.largest());
-  const std::int64_t slice_grain = grain(slices.largest() * params.in.u.size[2] * params.in.A.size[1]);
+  const std::int64_t slice_grain =
+      grain(slices.largest() * params.in.u.size[2] * params.in.A.size[1]);
   parallel_for(slices.count(), slice_grain, [&](std::int64_t begin, std::int64_t end) {
     Scratch scratch(scratch_size);
     for (std::int64_t i = begin; i < end; ++i) {
@@ -207,8 +214,9 @@ void backward(const BackwardParams& params, Isa isa) {
   const std::int64_t tiles = ceil_div(length, kCheckpointInterval);
   const std::int64_t tile_floats =
       slices.count() * states * kCheckpointInterval * (int{varying_B} + int{varying_C});
-  const std::int64_t segment_tiles =
-      tile_floats == 0 ? std::max<std::int64_t>(tiles, 1) : std::max<std::int64_t>(1, kPartialFloats / tile_floats);
+  const std::int64_t segment_tiles = tile_floats == 0
+                                         ? std::max<std::int64_t>(tiles, 1)
+                                         : std::max<std::int64_t>(1, kPartialFloats / tile_floats);
   const std::int64_t scratch_size = kernels.backward_scratch(states, slices.largest());
   const std::int64_t slice_grain = grain(slices.largest() * length * states);
   for (std::int64_t last = tiles; last > 0; last -= std::min(last, segment_tiles)) {
@@ -220,7 +228,8 @@ void backward(const BackwardParams& params, Isa isa) {
     parallel_for(slices.count(), slice_grain, [&](std::int64_t begin, std::int64_t end) {
       Scratch scratch(scratch_size);
       for (std::int64_t i = begin; i < end; ++i) {
-        const Segment segment = {first, last, varying_B ? dB_parts.data() + i * part_floats : nullptr,
+        const Segment segment = {first, last,
+                                 varying_B ? dB_parts.data() + i * part_floats : nullptr,
                                  varying_C ? dC_parts.data() + i * part_floats : nullptr};
         kernels.backward(params, slices[i], segment, quantities.of_slice(i), scratch.data());
       }

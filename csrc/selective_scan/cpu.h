@@ -24,13 +24,20 @@ struct Slice {
   std::int64_t count;
 };
 
-// What a slice's backward keeps from one segment of time to the one before it, per block of channels:
-// these quantities as [state][lane], then kLaneSums sums as [lane].
-enum Quantity { kCarry, kSumA, kSumB, kSumC, kQuantities };  // adjoint state; dA, and static dB and dC
+// What a slice's backward keeps from one segment of time to the one before it, per block of
+// channels: these quantities as [state][lane], then kLaneSums sums as [lane].
+enum Quantity {
+  kCarry,
+  kSumA,
+  kSumB,
+  kSumC,
+  kQuantities
+};  // adjoint state; dA, and static dB and dC
 enum LaneSum { kSumD, kSumBias, kLaneSums };
 
-// A stretch of time for backward, in tiles of kCheckpointInterval steps, and where the slice leaves its
-// part of a time-varying dB and dC: [state][(last_tile - first_tile) * kCheckpointInterval], zeroed.
+// A stretch of time for backward, in tiles of kCheckpointInterval steps, and where the slice leaves
+// its part of a time-varying dB and dC: [state][(last_tile - first_tile) * kCheckpointInterval],
+// zeroed.
 struct Segment {
   std::int64_t first_tile;
   std::int64_t last_tile;

@@ -2,11 +2,12 @@
 //
 //   h[t] = exp(delta[t] A) h[t-1] + delta[t] u[t] B[t]        y[t] = sum_n C[t] h[t]
 //
-// Mapping: a vector holds one state of `lanes` channels, so the sum over states stays within a lane and
-// B[n,t], C[n,t], which those channels share, are broadcast from memory. A block of channels runs
-// through a tile of time for a few states at once, which live in registers; y accumulates in the tile.
-// Tiles are float32 [step][lane] in L1 or L2; loading one transposes and converts, and pads missing
-// channels and steps with zeros, for which the recurrence is inert (delta = 0: decay 1, input 0).
+// Mapping: a vector holds one state of `lanes` channels, so the sum over states stays within a lane
+// and B[n,t], C[n,t], which those channels share, are broadcast from memory. A block of channels
+// runs through a tile of time for a few states at once, which live in registers; y accumulates in
+// the tile. Tiles are float32 [step][lane] in L1 or L2; loading one transposes and converts, and
+// pads missing channels and steps with zeros, for which the recurrence is inert (delta = 0: decay
+// 1, input 0).
 //
 // exp(delta A) is 2^(delta A'), A' = A log2(e).
 #pragma once
@@ -23,9 +24,9 @@ namespace mamba_native::selective_scan::cpu {
 using mamba_native::cpu::kLanes;
 using mamba_native::cpu::Vec;
 
-// Steps of a tile. Forward's are short, so that B and C of 16 states and the block's tiles stay in L1.
-// Backward's end at the checkpoints that it starts from.
-inline constexpr int kForwardSteps = 64;
+// Steps of a tile. Forward's are short, so that B and C of 16 states and the block's tiles stay in
+// L1. Backward's end at the checkpoints that it starts from.
+inline constexpr int kForwardSteps = 128;
 inline constexpr int kBackwardSteps = static_cast<int>(kCheckpointInterval);
 static_assert(kBackwardSteps % kForwardSteps == 0, "a checkpoint is the state between two tiles");
 
@@ -33,8 +34,8 @@ static_assert(kBackwardSteps % kForwardSteps == 0, "a checkpoint is the state be
 inline constexpr int kForwardStates = 4;
 inline constexpr int kBackwardStates = 2;
 
-// Cuts aligned arrays out of the scratch that the caller gave. A line of padding after each keeps arrays
-// of the same power-of-two size out of each other's cache sets.
+// Cuts aligned arrays out of the scratch that the caller gave. A line of padding after each keeps
+// arrays of the same power-of-two size out of each other's cache sets.
 template <class Arch>
 class Arena {
  public:
@@ -74,10 +75,11 @@ MAMBA_ALWAYS_INLINE void assign(BFloat16* to, float value) {
   *to = round_to_bf16(value);
 }
 
-// to[step][lane] = from[lane * channel + step * time] for `steps` steps of `channels` channels; zero for
-// the other lanes, and for further steps up to a multiple of kLanes.
+// to[step][lane] = from[lane * channel + step * time] for `steps` steps of `channels` channels;
+// zero for the other lanes, and for further steps up to a multiple of kLanes.
 template <class Arch, class T>
-void load_tile(const T* from, std::int64_t channel, std::int64_t time, int channels, int steps, float* to) {
+void load_tile(const T* from, std::int64_t channel, std::int64_t time, int channels, int steps,
+               float* to) {
   constexpr int kWidth = kLanes<Arch>;
   using Square = SquareArch<Arch>;
   constexpr int kSide = kLanes<Square>;
@@ -87,8 +89,9 @@ void load_tile(const T* from, std::int64_t channel, std::int64_t time, int chann
       for (int first = 0; first < kWidth; first += kSide) {
         Vec<Square> rows[kSide];
         for (int i = 0; i < kSide; ++i) {
-          rows[i] = first + i < channels ? mamba_native::cpu::load<Square>(from + (first + i) * channel + t)
-                                         : Vec<Square>(0.0f);
+          rows[i] = first + i < channels
+                        ? mamba_native::cpu::load<Square>(from + (first + i) * channel + t)
+                        : Vec<Square>(0.0f);
         }
         xsimd::transpose(rows, rows + kSide);
         for (int i = 0; i < kSide; ++i) {
@@ -112,7 +115,8 @@ void load_tile(const T* from, std::int64_t channel, std::int64_t time, int chann
 }
 
 template <class Arch, class T>
-void store_tile(T* to, std::int64_t channel, std::int64_t time, int channels, int steps, const float* from) {
+void store_tile(T* to, std::int64_t channel, std::int64_t time, int channels, int steps,
+                const float* from) {
   constexpr int kWidth = kLanes<Arch>;
   using Square = SquareArch<Arch>;
   constexpr int kSide = kLanes<Square>;
@@ -147,7 +151,8 @@ void store_tile(T* to, std::int64_t channel, std::int64_t time, int channels, in
 // to[state][step], STEPS to a row = from[state * row + step * time]; zero for further steps up to a
 // multiple of kLanes.
 template <class Arch, int STEPS, class T>
-void load_rows(const T* from, std::int64_t row, std::int64_t time, std::int64_t states, int steps, float* to) {
+void load_rows(const T* from, std::int64_t row, std::int64_t time, std::int64_t states, int steps,
+               float* to) {
   constexpr int kWidth = kLanes<Arch>;
   for (std::int64_t n = 0; n < states; ++n, from += row, to += STEPS) {
     int t = 0;
@@ -193,7 +198,8 @@ void load_tile(const TensorView& view, const Place& place, int channels, int ste
 }
 
 template <class Arch>
-void store_tile(const TensorView& view, const Place& place, int channels, int steps, const float* from) {
+void store_tile(const TensorView& view, const Place& place, int channels, int steps,
+                const float* from) {
   const std::int64_t channel = view.stride[1];
   const std::int64_t time = view.stride[2];
   if (view.dtype == DType::f32) {
@@ -219,13 +225,13 @@ void load_rows(const TensorView& view, const Place& place, int steps, float* to)
   }
 }
 
-// [state][lane] = scale from[lane * channel + state * step], zero for missing channels, and back.
+// [state][lane] = from[lane * channel + state * step], zero for missing channels, and back.
 template <class Arch>
-void gather(const float* from, std::int64_t channel, std::int64_t step, int channels, std::int64_t states,
-            float scale, float* to) {
+void gather(const float* from, std::int64_t channel, std::int64_t step, int channels,
+            std::int64_t states, float* to) {
   for (std::int64_t n = 0; n < states; ++n) {
     for (int c = 0; c < kLanes<Arch>; ++c) {
-      to[n * kLanes<Arch> + c] = c < channels ? scale * from[c * channel + n * step] : 0.0f;
+      to[n * kLanes<Arch> + c] = c < channels ? from[c * channel + n * step] : 0.0f;
     }
   }
 }
@@ -252,8 +258,8 @@ Vec<Arch> gather_lanes(const TensorView& view, std::int64_t first, int channels)
   return Vec<Arch>::load_unaligned(lanes);
 }
 
-// B or C of some states: a row of steps each, shared by the channels (VARYING), or a vector each that
-// holds for all time.
+// B or C of some states: a row of steps each, shared by the channels (VARYING), or a vector each
+// that holds for all time.
 template <class Arch, int STEPS, bool VARYING>
 MAMBA_ALWAYS_INLINE Vec<Arch> projection(const float* from, int state, int step) {
   if constexpr (VARYING) {
@@ -277,10 +283,10 @@ void forward_states(int steps, const float* a, const float* b, const float* c, c
                     const float* x, float* y, float* h) {
   using V = Vec<Arch>;
   constexpr int kWidth = kLanes<Arch>;
-  V decay_rate[STATES];
+  V rate[STATES];
   V state[STATES];
   for (int k = 0; k < STATES; ++k) {
-    decay_rate[k] = V::load_unaligned(a + k * kWidth);
+    rate[k] = V::load_unaligned(a + k * kWidth);
     state[k] = V::load_unaligned(h + k * kWidth);
   }
   for (int t = 0; t < steps; ++t) {
@@ -288,7 +294,7 @@ void forward_states(int steps, const float* a, const float* b, const float* c, c
     const V step_x = V::load_unaligned(x + t * kWidth);
     V step_y = V::load_unaligned(y + t * kWidth);
     for (int k = 0; k < STATES; ++k) {
-      const V decay = mamba_native::cpu::exp2_decay<Arch>(step_delta * decay_rate[k]);
+      const V decay = mamba_native::cpu::exp2_decay<Arch>(step_delta * rate[k]);
       const V input = projection<Arch, kForwardSteps, VARYING_B>(b, k, t) * step_x;
       state[k] = xsimd::fma(state[k], decay, input);
       step_y = xsimd::fma(state[k], projection<Arch, kForwardSteps, VARYING_C>(c, k, t), step_y);
@@ -306,9 +312,11 @@ using ForwardStates = void (*)(int steps, const float* a, const float* b, const 
 template <class Arch, int STATES>
 ForwardStates forward_states_for(bool varying_B, bool varying_C) {
   if (varying_B) {
-    return varying_C ? &forward_states<Arch, STATES, true, true> : &forward_states<Arch, STATES, true, false>;
+    return varying_C ? &forward_states<Arch, STATES, true, true>
+                     : &forward_states<Arch, STATES, true, false>;
   }
-  return varying_C ? &forward_states<Arch, STATES, false, true> : &forward_states<Arch, STATES, false, false>;
+  return varying_C ? &forward_states<Arch, STATES, false, true>
+                   : &forward_states<Arch, STATES, false, false>;
 }
 
 // What a block of channels keeps through time: [state][lane] each.
@@ -321,14 +329,17 @@ struct BlockConstants {
 
   void load(const Inputs& in, std::int64_t first, int channels, std::int64_t states) const {
     gather<Arch>(static_cast<const float*>(in.A.data) + first * in.A.stride[0], in.A.stride[0],
-                 in.A.stride[1], channels, states, kLog2E, a);
+                 in.A.stride[1], channels, states, a);
+    for (std::int64_t i = 0; i < states * kLanes<Arch>; ++i) {
+      a[i] *= kLog2E;
+    }
     if (in.B.dim == 2) {
       gather<Arch>(static_cast<const float*>(in.B.data) + first * in.B.stride[0], in.B.stride[0],
-                   in.B.stride[1], channels, states, 1.0f, b);
+                   in.B.stride[1], channels, states, b);
     }
     if (in.C.dim == 2) {
       gather<Arch>(static_cast<const float*>(in.C.data) + first * in.C.stride[0], in.C.stride[0],
-                   in.C.stride[1], channels, states, 1.0f, c);
+                   in.C.stride[1], channels, states, c);
     }
   }
 
@@ -365,24 +376,27 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
   float* const y = arena.take(kForwardSteps * kWidth);
   const std::int64_t block_floats = states * kWidth;
   constexpr int kBlockArrays = BlockConstants<Arch>::kArrays + 1;
-  float* const blocks = arena.take(kBlockArrays * states * ((slice.count + kWidth - 1) / kWidth * kWidth));
+  float* const blocks =
+      arena.take(kBlockArrays * states * ((slice.count + kWidth - 1) / kWidth * kWidth));
 
   for (std::int64_t done = 0; done < slice.count; done += kWidth) {
     const std::int64_t first = slice.first + done;
-    const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+    const int channels =
+        static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
     float* const block = blocks + done / kWidth * kBlockArrays * block_floats;
     BlockConstants<Arch>(block, states).load(in, first, channels, states);
     float* const h = block + BlockConstants<Arch>::kArrays * block_floats;
     if (in.initial_state.dim >= 0) {
       gather<Arch>(at<Arch, const float>(in.initial_state, {slice.batch, first, 0}),
-                   in.initial_state.stride[1], in.initial_state.stride[2], channels, states, 1.0f, h);
+                   in.initial_state.stride[1], in.initial_state.stride[2], channels, states, h);
     } else {
-      gather<Arch>(nullptr, 0, 0, 0, states, 1.0f, h);
+      gather<Arch>(nullptr, 0, 0, 0, states, h);
     }
   }
 
   for (std::int64_t start = 0; start < length; start += kForwardSteps) {
-    const int steps = static_cast<int>(length - start < kForwardSteps ? length - start : kForwardSteps);
+    const int steps =
+        static_cast<int>(length - start < kForwardSteps ? length - start : kForwardSteps);
     if (varying_B) {
       load_rows<Arch, kForwardSteps>(in.B, {slice.batch, slice.group, start}, steps, rows_B);
     }
@@ -391,15 +405,16 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
     }
     for (std::int64_t done = 0; done < slice.count; done += kWidth) {
       const std::int64_t first = slice.first + done;
-      const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+      const int channels =
+          static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
       const Place place = {slice.batch, first, start};
       float* const block = blocks + done / kWidth * kBlockArrays * block_floats;
       const BlockConstants<Arch> constants(block, states);
       float* const h = block + BlockConstants<Arch>::kArrays * block_floats;
       if (start % kCheckpointInterval == 0) {
         const TensorView& to = params.checkpoints;
-        scatter<Arch>(static_cast<float*>(to.data) + slice.batch * to.stride[0] + first * to.stride[1] +
-                          start / kCheckpointInterval * states,
+        scatter<Arch>(static_cast<float*>(to.data) + slice.batch * to.stride[0] +
+                          first * to.stride[1] + start / kCheckpointInterval * states,
                       to.stride[1], 1, channels, states, h);
       }
 
@@ -424,7 +439,8 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
       const float* const c = varying_C ? rows_C : constants.c;
       std::int64_t n = 0;
       for (; n + kForwardStates <= states; n += kForwardStates) {
-        run(steps, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, delta, x, y, h + n * kWidth);
+        run(steps, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, delta, x, y,
+            h + n * kWidth);
       }
       for (; n < states; ++n) {
         run_one(steps, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, delta, x, y,
@@ -443,11 +459,13 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
   }
 
   for (std::int64_t done = 0; done < slice.count; done += kWidth) {
-    const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+    const int channels =
+        static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
     const TensorView& to = params.last_state;
-    scatter<Arch>(at<Arch, float>(to, {slice.batch, slice.first + done, 0}), to.stride[1], to.stride[2],
-                  channels, states,
-                  blocks + (done / kWidth * kBlockArrays + BlockConstants<Arch>::kArrays) * block_floats);
+    scatter<Arch>(
+        at<Arch, float>(to, {slice.batch, slice.first + done, 0}), to.stride[1], to.stride[2],
+        channels, states,
+        blocks + (done / kWidth * kBlockArrays + BlockConstants<Arch>::kArrays) * block_floats);
   }
 }
 
@@ -465,10 +483,22 @@ struct BackwardTile {
   float* decays;       // scratch: exp(delta A), [state][step][lane]
 };
 
-// Adds the sums over lanes of `kLanes` vectors, one per step, to consecutive floats.
+// to[i] += the sum over lanes of row i, for kLanes rows of [lane].
 template <class Arch>
-MAMBA_ALWAYS_INLINE void add_lane_sums(const Vec<Arch>* rows, float* to) {
-  (Vec<Arch>::load_unaligned(to) + xsimd::haddp(rows)).store_unaligned(to);
+MAMBA_ALWAYS_INLINE void add_lane_sums(const float* rows, float* to) {
+  using Square = SquareArch<Arch>;
+  constexpr int kSide = kLanes<Square>;
+  for (int first = 0; first < kLanes<Arch>; first += kSide) {
+    Vec<Square> parts[kSide];
+    for (int i = 0; i < kSide; ++i) {
+      const float* const row = rows + (first + i) * kLanes<Arch>;
+      parts[i] = Vec<Square>::load_unaligned(row);
+      for (int part = kSide; part < kLanes<Arch>; part += kSide) {
+        parts[i] = parts[i] + Vec<Square>::load_unaligned(row + part);
+      }
+    }
+    (Vec<Square>::load_unaligned(to + first) + xsimd::haddp(parts)).store_unaligned(to + first);
+  }
 }
 
 // Recomputes the states of the tile from `h`, the state that enters it, then walks back through it:
@@ -477,16 +507,16 @@ MAMBA_ALWAYS_INLINE void add_lane_sums(const Vec<Arch>* rows, float* to) {
 // `quantities` are the block's, at the first of these states; dB and dC rows have `row` floats.
 template <class Arch, int STATES, bool VARYING_B, bool VARYING_C>
 void backward_states(int steps, const float* a, const float* b, const float* c, const float* h,
-                     const BackwardTile& tile, float* quantities, std::int64_t quantity_floats, float* dB,
-                     float* dC, std::int64_t row) {
+                     const BackwardTile& tile, float* quantities, std::int64_t quantity_floats,
+                     float* dB, float* dC, std::int64_t row) {
   using V = Vec<Arch>;
   constexpr int kWidth = kLanes<Arch>;
   constexpr int kHistory = (kBackwardSteps + 1) * kWidth + Arena<Arch>::kLine;
   constexpr int kDecays = kBackwardSteps * kWidth + Arena<Arch>::kLine;
-  V decay_rate[STATES];
+  V rate[STATES];
   V state[STATES];
   for (int k = 0; k < STATES; ++k) {
-    decay_rate[k] = V::load_unaligned(a + k * kWidth);
+    rate[k] = V::load_unaligned(a + k * kWidth);
     state[k] = V::load_unaligned(h + k * kWidth);
     state[k].store_unaligned(tile.history + k * kHistory);
   }
@@ -495,8 +525,9 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
     const V x = V::load_unaligned(tile.x + t * kWidth);
     V y = V::load_unaligned(tile.y + t * kWidth);
     for (int k = 0; k < STATES; ++k) {
-      const V decay = mamba_native::cpu::exp2_decay<Arch>(delta * decay_rate[k]);
-      state[k] = xsimd::fma(state[k], decay, projection<Arch, kBackwardSteps, VARYING_B>(b, k, t) * x);
+      const V decay = mamba_native::cpu::exp2_decay<Arch>(delta * rate[k]);
+      state[k] =
+          xsimd::fma(state[k], decay, projection<Arch, kBackwardSteps, VARYING_B>(b, k, t) * x);
       y = xsimd::fma(state[k], projection<Arch, kBackwardSteps, VARYING_C>(c, k, t), y);
       decay.store_unaligned(tile.decays + k * kDecays + t * kWidth);
       state[k].store_unaligned(tile.history + k * kHistory + (t + 1) * kWidth);
@@ -515,8 +546,8 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
     sum_C[k] = V(0.0f);
   }
   for (int start = (steps - 1) / kWidth * kWidth; start >= 0; start -= kWidth) {
-    V rows_B[STATES][kWidth];
-    V rows_C[STATES][kWidth];
+    alignas(64) float rows_B[STATES][kWidth * kWidth];
+    alignas(64) float rows_C[STATES][kWidth * kWidth];
     for (int i = kWidth - 1; i >= 0; --i) {
       const int t = start + i;
       const V delta = V::load_unaligned(tile.delta + t * kWidth);
@@ -528,19 +559,19 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
         const V q = xsimd::fma(projection<Arch, kBackwardSteps, VARYING_C>(c, k, t), g, carry[k]);
         const float* const now = tile.history + k * kHistory + (t + 1) * kWidth;
         if constexpr (VARYING_C) {
-          rows_C[k][i] = V::load_unaligned(now) * g;
+          (V::load_unaligned(now) * g).store_unaligned(rows_C[k] + i * kWidth);
         } else {
           sum_C[k] = xsimd::fma(V::load_unaligned(now), g, sum_C[k]);
         }
         if constexpr (VARYING_B) {
-          rows_B[k][i] = q * x;
+          (q * x).store_unaligned(rows_B[k] + i * kWidth);
         } else {
           sum_B[k] = xsimd::fma(q, x, sum_B[k]);
         }
         sum_qB = xsimd::fma(q, projection<Arch, kBackwardSteps, VARYING_B>(b, k, t), sum_qB);
         carry[k] = V::load_unaligned(tile.decays + k * kDecays + t * kWidth) * q;
         const V qa = carry[k] * V::load_unaligned(now - kWidth);
-        sum_qAa = xsimd::fma(qa, decay_rate[k], sum_qAa);
+        sum_qAa = xsimd::fma(qa, rate[k], sum_qAa);
         sum_A[k] = xsimd::fma(qa, delta, sum_A[k]);
       }
       sum_qB.store_unaligned(tile.sum_qB + t * kWidth);
@@ -558,15 +589,19 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
   for (int k = 0; k < STATES; ++k) {
     float* const to = quantities + k * kWidth;
     carry[k].store_unaligned(to + kCarry * quantity_floats);
-    (V::load_unaligned(to + kSumA * quantity_floats) + sum_A[k]).store_unaligned(to + kSumA * quantity_floats);
-    (V::load_unaligned(to + kSumB * quantity_floats) + sum_B[k]).store_unaligned(to + kSumB * quantity_floats);
-    (V::load_unaligned(to + kSumC * quantity_floats) + sum_C[k]).store_unaligned(to + kSumC * quantity_floats);
+    (V::load_unaligned(to + kSumA * quantity_floats) + sum_A[k])
+        .store_unaligned(to + kSumA * quantity_floats);
+    (V::load_unaligned(to + kSumB * quantity_floats) + sum_B[k])
+        .store_unaligned(to + kSumB * quantity_floats);
+    (V::load_unaligned(to + kSumC * quantity_floats) + sum_C[k])
+        .store_unaligned(to + kSumC * quantity_floats);
   }
 }
 
-using BackwardStates = void (*)(int steps, const float* a, const float* b, const float* c, const float* h,
-                                const BackwardTile& tile, float* quantities, std::int64_t quantity_floats,
-                                float* dB, float* dC, std::int64_t row);
+using BackwardStates = void (*)(int steps, const float* a, const float* b, const float* c,
+                                const float* h, const BackwardTile& tile, float* quantities,
+                                std::int64_t quantity_floats, float* dB, float* dC,
+                                std::int64_t row);
 
 template <class Arch, int STATES>
 BackwardStates backward_states_for(bool varying_B, bool varying_C) {
@@ -620,19 +655,22 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
   float* const history = arena.take(kBackwardStates * (kTile + kWidth + Arena<Arch>::kLine));
   float* const decays = arena.take(kBackwardStates * (kTile + Arena<Arch>::kLine));
   float* const h = arena.take(block_floats);
-  float* const blocks =
-      arena.take(BlockConstants<Arch>::kArrays * states * ((slice.count + kWidth - 1) / kWidth * kWidth));
+  float* const blocks = arena.take(BlockConstants<Arch>::kArrays * states *
+                                   ((slice.count + kWidth - 1) / kWidth * kWidth));
   const BackwardTile tile = {delta, x, g, y, sum_qB, sum_qAa, history, decays};
 
   for (std::int64_t done = 0; done < slice.count; done += kWidth) {
-    const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
-    BlockConstants<Arch>(blocks + done / kWidth * BlockConstants<Arch>::kArrays * block_floats, states)
+    const int channels =
+        static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+    BlockConstants<Arch>(blocks + done / kWidth * BlockConstants<Arch>::kArrays * block_floats,
+                         states)
         .load(in, slice.first + done, channels, states);
   }
 
   for (std::int64_t k = segment.last_tile - 1; k >= segment.first_tile; --k) {
     const std::int64_t start = k * kBackwardSteps;
-    const int steps = static_cast<int>(length - start < kBackwardSteps ? length - start : kBackwardSteps);
+    const int steps =
+        static_cast<int>(length - start < kBackwardSteps ? length - start : kBackwardSteps);
     const int padded = (steps + kWidth - 1) / kWidth * kWidth;
     const std::int64_t in_segment = (k - segment.first_tile) * kBackwardSteps;
     if (varying_B) {
@@ -643,7 +681,8 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
     }
     for (std::int64_t done = 0; done < slice.count; done += kWidth) {
       const std::int64_t first = slice.first + done;
-      const int channels = static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
+      const int channels =
+          static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
       const Place place = {slice.batch, first, start};
       const BlockConstants<Arch> constants(
           blocks + done / kWidth * BlockConstants<Arch>::kArrays * block_floats, states);
@@ -679,7 +718,7 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
       const TensorView& from = params.checkpoints;
       gather<Arch>(static_cast<const float*>(from.data) + slice.batch * from.stride[0] +
                        first * from.stride[1] + k * states,
-                   from.stride[1], 1, channels, states, 1.0f, h);
+                   from.stride[1], 1, channels, states, h);
 
       const std::int64_t stride_B = projection_stride<Arch, kBackwardSteps>(in.B);
       const std::int64_t stride_C = projection_stride<Arch, kBackwardSteps>(in.C);
@@ -689,14 +728,16 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
       float* const dC = varying_C ? segment.dC + in_segment : nullptr;
       for (std::int64_t n = 0; n < states;) {
         const bool several = n + kBackwardStates <= states;
-        (several ? run : run_one)(padded, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C,
-                                  h + n * kWidth, tile, block_quantities + n * kWidth, block_floats,
-                                  varying_B ? dB + n * row : nullptr, varying_C ? dC + n * row : nullptr, row);
+        (several ? run : run_one)(
+            padded, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, h + n * kWidth,
+            tile, block_quantities + n * kWidth, block_floats, varying_B ? dB + n * row : nullptr,
+            varying_C ? dC + n * row : nullptr, row);
         n += several ? kBackwardStates : 1;
       }
 
-      // From the sums over states to gradients, in place: sum_qB becomes du, sum_qAa becomes ddelta.
-      // x is free for the inputs that are read once more: delta before softplus, then dout and z.
+      // From the sums over states to gradients, in place: sum_qB becomes du, sum_qAa becomes
+      // ddelta. x is free for the inputs that are read once more: delta before softplus, then dout
+      // and z.
       load_tile<Arch>(in.delta, place, channels, steps, x);
       float* const lane_sums = block_quantities + kQuantities * block_floats;
       V sum_D = V::load_unaligned(lane_sums + kSumD * kWidth);

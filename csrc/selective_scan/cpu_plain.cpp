@@ -1,5 +1,5 @@
-// The loop that one writes first, with nothing but -O3: state in memory, expf from the C library, no
-// fast-math. It is exact and portable, and the honest baseline of every speed-up that we print.
+// The loop that one writes first, with nothing but -O3: state in memory, expf from the C library,
+// no fast-math. It is exact and portable, and the honest baseline of every speed-up that we print.
 #include <cmath>
 #include <cstddef>
 #include <vector>
@@ -96,8 +96,9 @@ void forward_of(const ForwardParams& params) {
   const std::int64_t channels = in.u.size[1];
   const bool static_B = in.B.dim == 2;
   const bool static_C = in.C.dim == 2;
-  const auto channel = static_B ? (static_C ? &forward_channel<T, float, float> : &forward_channel<T, float, T>)
-                                : (static_C ? &forward_channel<T, T, float> : &forward_channel<T, T, T>);
+  const auto channel =
+      static_B ? (static_C ? &forward_channel<T, float, float> : &forward_channel<T, float, T>)
+               : (static_C ? &forward_channel<T, T, float> : &forward_channel<T, T, T>);
   parallel_for(in.u.size[0] * channels, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> h(static_cast<std::size_t>(in.A.size[1]));
     for (std::int64_t i = begin; i < end; ++i) {

@@ -20,19 +20,18 @@ struct ForwardArgs {
   float* checkpoints;  // (B, D, tiles, N), contiguous
 };
 
-// out = y silu(z), or y where z is absent.
+// y becomes y silu(z) where there is a z.
 template <class T>
-__device__ __forceinline__ void gate_and_store(const ForwardArgs<T>& args, float (&y)[kItems],
-                                               const Items<T>& z, T* out, int valid) {
-  if (args.in.z.data != nullptr) {
-    float gate[kItems];
-    z.floats(gate);
+__device__ __forceinline__ void gate(const DeviceInputs<T>& in, const Items<T>& z,
+                                     float (&y)[kItems]) {
+  if (in.z.data != nullptr) {
+    float values[kItems];
+    z.floats(values);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      y[i] *= fast_silu(gate[i]);
+      y[i] *= fast_silu(values[i]);
     }
   }
-  store_span(out, args.out.step, valid, args.out.vectorize, y);
 }
 
 // Serial in time, for many channels and d_state <= kSerialStates.
@@ -65,15 +64,15 @@ template <class T, int LANES, int TILE>
 struct SerialLoads {
   using Shape = SerialShape<LANES, TILE>;
 
-  const T* u_row;
-  const T* delta_row;
   CoefficientRows<T> rows_b, rows_c;
+  int b, first_channel, block_channels;
   int row, column;
-  int block_channels;
   Items<T> u[Shape::kPasses], delta[Shape::kPasses], coefficients[Shape::kCoefficientPasses];
 
-  __device__ __forceinline__ int valid(const DeviceInputs<T>& in, int pass,
-                                       std::int64_t t0) const {
+  __device__ __forceinline__ int channel(int pass) const {
+    return first_channel + recomputed(row) + pass * Shape::kRowsPerPass;
+  }
+  __device__ __forceinline__ int valid(const DeviceInputs<T>& in, int pass, std::int64_t t0) const {
     return row + pass * Shape::kRowsPerPass < block_channels ? valid_items(in.length, t0 + column)
                                                              : 0;
   }
@@ -81,11 +80,8 @@ struct SerialLoads {
   __device__ __forceinline__ void fetch(const DeviceInputs<T>& in, std::int64_t t0) {
 #pragma unroll
     for (int e = 0; e < Shape::kPasses; ++e) {
-      const std::int64_t rows = e * Shape::kRowsPerPass;
-      u[e] = load_items(u_row + rows * in.u.channel + t0 * in.u.step, in.u.step, valid(in, e, t0),
-                        in.u.vectorize);
-      delta[e] = load_items(delta_row + rows * in.delta.channel + t0 * in.delta.step, in.delta.step,
-                            valid(in, e, t0), in.delta.vectorize);
+      u[e] = in.u.load(b, channel(e), t0 + column, valid(in, e, t0));
+      delta[e] = in.delta.load(b, channel(e), t0 + column, valid(in, e, t0));
     }
 #pragma unroll
     for (int e = 0; e < Shape::kCoefficientPasses; ++e) {
@@ -93,15 +89,13 @@ struct SerialLoads {
       const int n = v % Shape::kN;
       const std::int64_t first = t0 + v / Shape::kN % Shape::kRowVectors * kItems;
       const int valid = n < in.d_state ? valid_items(in.length, first) : 0;
-      coefficients[e] =
-          (v < Shape::kCoefficientVectors ? rows_b : rows_c).load(n, first, valid);
+      coefficients[e] = (v < Shape::kCoefficientVectors ? rows_b : rows_c).load(n, first, valid);
     }
   }
 };
 
 template <class T, int LANES, int TILE, int BLOCKS>
-__global__ void __launch_bounds__(kSerialThreads, BLOCKS)
-    scan_serial(const ForwardArgs<T> args) {
+__global__ void __launch_bounds__(kSerialThreads, BLOCKS) scan_serial(const ForwardArgs<T> args) {
   using Shape = SerialShape<LANES, TILE>;
   constexpr int kN = Shape::kN;
   constexpr int kStates = kN / LANES;
@@ -115,20 +109,17 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
 
   const DeviceInputs<T>& in = args.in;
   const int thread = static_cast<int>(threadIdx.x);
-  const std::int64_t blocks = ceil_div(in.channels_per_group, Shape::kChannels);
-  const std::int64_t groups = in.channels / in.channels_per_group;
-  const std::int64_t block = blockIdx.x % blocks;
-  const std::int64_t group = blockIdx.x / blocks % groups;
-  const std::int64_t b = blockIdx.x / blocks / groups;
-  const std::int64_t first_channel = group * in.channels_per_group + block * Shape::kChannels;
-  const int block_channels =
-      static_cast<int>(min(static_cast<std::int64_t>(Shape::kChannels),
-                           in.channels_per_group - block * Shape::kChannels));
+  const int blocks = (in.channels_per_group + Shape::kChannels - 1) / Shape::kChannels;
+  const int block = static_cast<int>(blockIdx.x) % blocks * Shape::kChannels;
+  const int group = static_cast<int>(blockIdx.x) / blocks % in.groups;
+  const int b = static_cast<int>(blockIdx.x) / blocks / in.groups;
+  const int first_channel = group * in.channels_per_group + block;
+  const int block_channels = min(Shape::kChannels, in.channels_per_group - block);
 
   // Scan phase: states first_state, first_state + 1, ... of one channel.
   const int lane = thread % LANES;
   const int first_state = lane * kStates;
-  const std::int64_t channel = first_channel + thread / LANES;
+  const int channel = first_channel + thread / LANES;
   const bool channel_exists = thread / LANES < block_channels;
   float* const scan_delta = shared_delta + thread / LANES * kStride;
   const float* const scan_x = shared_x + thread / LANES * kStride;
@@ -143,8 +134,6 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
   // Elementwise phases.
   const int row = thread / Shape::kRowVectors;
   const int column = thread % Shape::kRowVectors * kItems;
-  const T* const z_row = in.z.row(b, first_channel + row) + column * in.z.step;
-  T* const out_row = args.out.row(b, first_channel + row) + column * args.out.step;
   float bias[Shape::kPasses], skip[Shape::kPasses];
 #pragma unroll
   for (int e = 0; e < Shape::kPasses; ++e) {
@@ -152,13 +141,13 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
     bias[e] = r < block_channels ? in.delta_bias.get(0, first_channel + r, 0) : 0.0f;
     skip[e] = r < block_channels ? in.D.get(0, first_channel + r, 0) : 0.0f;
   }
-  SerialLoads<T, LANES, TILE> loads{in.u.row(b, first_channel + row) + column * in.u.step,
-                                    in.delta.row(b, first_channel + row) + column * in.delta.step,
-                                    CoefficientRows<T>(in.B, b, group, 0),
+  SerialLoads<T, LANES, TILE> loads{CoefficientRows<T>(in.B, b, group, 0),
                                     CoefficientRows<T>(in.C, b, group, 0),
+                                    b,
+                                    first_channel,
+                                    block_channels,
                                     row,
-                                    column,
-                                    block_channels};
+                                    column};
   loads.fetch(in, 0);
 
   for (std::int64_t t0 = 0; t0 < in.length; t0 += TILE) {
@@ -195,15 +184,14 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
     if (in.z.data != nullptr) {
 #pragma unroll
       for (int e = 0; e < Shape::kPasses; ++e) {
-        z[e] = load_items(z_row + e * Shape::kRowsPerPass * in.z.channel + t0 * in.z.step,
-                          in.z.step, loads.valid(in, e, t0), in.z.vectorize);
+        z[e] = in.z.load(b, loads.channel(e), t0 + column, loads.valid(in, e, t0));
       }
     }
     loads.fetch(in, t0 + TILE);
     if (t0 % kCheckpointInterval == 0 && channel_exists) {
       float* const to =
           args.checkpoints +
-          ((b * in.channels + channel) * in.tiles + t0 / kCheckpointInterval) * in.d_state;
+          checkpoint_offset(in, b, channel, static_cast<int>(t0 / kCheckpointInterval));
 #pragma unroll
       for (int i = 0; i < kStates; ++i) {
         if (first_state + i < in.d_state) {
@@ -267,9 +255,8 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
       for (int i = 0; i < kItems; ++i) {
         y[i] = fmaf(skip[e], x[i], y[i]);
       }
-      gate_and_store(args, y, z[e],
-                     out_row + e * Shape::kRowsPerPass * args.out.channel + t0 * args.out.step,
-                     loads.valid(in, e, t0));
+      gate(in, z[e], y);
+      args.out.store(b, loads.channel(e), t0 + column, loads.valid(in, e, t0), y);
     }
   }
 
@@ -291,32 +278,28 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
 // runs its steps again from the right state. Lane n % 32 remembers the state between tiles;
 // checkpoints do so where d_state exceeds 32.
 template <class T, int WARPS, int STATES, int BLOCKS>
-__global__ void __launch_bounds__(WARPS* kWarp, BLOCKS)
-    scan_lanes(const ForwardArgs<T> args) {
+__global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const ForwardArgs<T> args) {
   const DeviceInputs<T>& in = args.in;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const std::int64_t blocks = ceil_div(in.channels, WARPS);
-  const std::int64_t b = blockIdx.x / blocks;
-  const std::int64_t c = blockIdx.x % blocks * WARPS + threadIdx.x / kWarp;
+  const int blocks = (in.channels + WARPS - 1) / WARPS;
+  const int b = static_cast<int>(blockIdx.x) / blocks;
+  const int c =
+      static_cast<int>(blockIdx.x) % blocks * WARPS + static_cast<int>(threadIdx.x) / kWarp;
   if (c >= in.channels) {
     return;  // a whole warp, and no barrier waits for it
   }
 
-  const T* const u_row = in.u.row(b, c) + lane * kItems * in.u.step;
-  const T* const delta_row = in.delta.row(b, c) + lane * kItems * in.delta.step;
-  const T* const z_row = in.z.row(b, c) + lane * kItems * in.z.step;
-  T* const out_row = args.out.row(b, c) + lane * kItems * args.out.step;
-  const std::int64_t group = c / in.channels_per_group;
+  const int group = c / in.channels_per_group;
   const CoefficientRows<T> rows_b(in.B, b, group, c);
   const CoefficientRows<T> rows_c(in.C, b, group, c);
   const float bias = in.delta_bias.get(0, c, 0);
   const float skip = in.D.get(0, c, 0);
-  float* checkpoint = args.checkpoints + (b * in.channels + c) * in.tiles * in.d_state;
+  float* checkpoint = args.checkpoints + checkpoint_offset(in, b, c, 0);
   float rate = 0.0f, carry = 0.0f;  // of state n0 + lane
 
   int valid = valid_items(in.length, lane * kItems);
-  Items<T> next_u = load_items(u_row, in.u.step, valid, in.u.vectorize);
-  Items<T> next_delta = load_items(delta_row, in.delta.step, valid, in.delta.vectorize);
+  Items<T> next_u = in.u.load(b, c, lane * kItems, valid);
+  Items<T> next_delta = in.delta.load(b, c, lane * kItems, valid);
   for (std::int64_t t0 = 0; t0 < in.length; t0 += kCheckpointInterval) {
     const std::int64_t first = t0 + lane * kItems;
     Items<T> next_b[STATES], next_c[STATES];
@@ -338,13 +321,12 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS)
     }
     Items<T> z;
     if (in.z.data != nullptr) {
-      z = load_items(z_row + t0 * in.z.step, in.z.step, valid, in.z.vectorize);
+      z = in.z.load(b, recomputed(c), first, valid);
     }
     const std::int64_t t1 = t0 + kCheckpointInterval;
     const int next_valid = valid_items(in.length, t1 + lane * kItems);
-    next_u = load_items(u_row + t1 * in.u.step, in.u.step, next_valid, in.u.vectorize);
-    next_delta =
-        load_items(delta_row + t1 * in.delta.step, in.delta.step, next_valid, in.delta.vectorize);
+    next_u = in.u.load(b, recomputed(c), t1 + lane * kItems, next_valid);
+    next_delta = in.delta.load(b, recomputed(c), t1 + lane * kItems, next_valid);
 
     for (int n0 = 0; n0 < in.d_state; n0 += kWarp) {
       const bool lane_has_state = n0 + lane < in.d_state;
@@ -429,7 +411,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS)
         }
       }
     }
-    gate_and_store(args, y, z, out_row + t0 * args.out.step, valid);
+    gate(args.in, z, y);
+    args.out.store(b, recomputed(c), first, valid, y);
     valid = next_valid;
     checkpoint += in.d_state;
   }
@@ -448,7 +431,9 @@ constexpr ForwardKernel<T> forward_kernel() {
   } else {
     static_assert(kConfig.lanes == kWarp && kConfig.tile == kCheckpointInterval,
                   "the kernel is a warp per channel, a checkpoint per tile");
-    return &scan_lanes<T, kConfig.threads / kWarp, kConfig.states, kConfig.blocks>;
+    // float's loads in flight take twice the registers of a 16-bit type's.
+    constexpr int kBlocks = kConfig.blocks - (sizeof(T) == sizeof(float) ? 1 : 0);
+    return &scan_lanes<T, kConfig.threads / kWarp, kConfig.states, kBlocks>;
   }
 }
 
@@ -467,7 +452,7 @@ void forward(const ForwardParams& params) {
   const ForwardConfig& config = kForwardConfigs[index];
 
   ForwardArgs<T> args;
-  args.in = device_inputs<T>(params.in, problem.channels_per_group());
+  args.in = device_inputs<T>(params.in, problem.groups);
   args.out = sequence<T>(params.out);
   args.last_state = weights<float>(params.last_state);
   args.checkpoints = params.checkpoints.as<float>();
@@ -479,7 +464,7 @@ void forward(const ForwardParams& params) {
           : ceil_div(problem.channels, per_block);
   const ForwardKernel<T> kernel =
       find_forward_kernel<T>(index, std::make_index_sequence<kForwardConfigCount>());
-  kernel<<<grid_size(problem.batch * blocks), config.threads, 0,
+  kernel<<<static_cast<unsigned>(count(problem.batch * blocks)), config.threads, 0,
            static_cast<cudaStream_t>(params.stream)>>>(args);
   MAMBA_CUDA_CHECK_LAUNCH();
 }

@@ -72,7 +72,7 @@ Problem problem_of(const Inputs& in) {
 std::string describe(const ForwardConfig& config) {
   return text(config.mapping == Mapping::serial ? "serial" : "lanes over time", ": ",
               config.threads, " threads, ", config.lanes, " lanes per channel, tiles of ",
-              config.tile, " steps");
+              config.tile, " steps, ", config.states, " states at once");
 }
 
 std::string describe(const BackwardConfig& config) {
@@ -90,14 +90,16 @@ int choose_forward(const Problem& problem, const DeviceInfo& device, int forced)
     }
     return forced;
   }
+  // The last row runs anything.
   constexpr int kLanesOverTime = kForwardConfigCount - 1;
+  static_assert(kForwardConfigs[kLanesOverTime].mapping == Mapping::lanes, "no limits");
 
   // A whole warp per channel pays when there are too few channels for eight lanes each to fill the
   // device, and when the tile's idle steps do not eat the gain.
   const double rows = static_cast<double>(problem.batch) * static_cast<double>(problem.channels);
   const double wanted_lanes = 450.0 * device.multiprocessors / rows;
   const double idle = padding(problem.length, kForwardConfigs[kLanesOverTime].tile);
-  if (wanted_lanes > 11.0 && idle < 1.5) {
+  if (wanted_lanes > 28.0 && idle < 1.5) {
     return kLanesOverTime;
   }
   // Padding a d_state below 8 to 16 costs more than the warp's scan over its lanes.
@@ -108,8 +110,9 @@ int choose_forward(const Problem& problem, const DeviceInfo& device, int forced)
   // group is too small to fill a CTA.
   for (int i = 0; i < kLanesOverTime; ++i) {
     const ForwardConfig& config = kForwardConfigs[i];
-    const bool last = i + 1 == kLanesOverTime;
-    if ((last || wanted_lanes < 1.414 * config.lanes) && refusal(config, problem) == nullptr &&
+    const bool most_lanes = config.lanes == 8;
+    if (config.mapping == Mapping::serial && (most_lanes || wanted_lanes < 1.414 * config.lanes) &&
+        refusal(config, problem) == nullptr &&
         padding(problem.channels_per_group(), channels_per_block(config)) <= 1.5) {
       return i;
     }
@@ -129,7 +132,7 @@ int choose_backward(const Problem& problem, const DeviceInfo& device, int forced
   }
   constexpr int kLast = kBackwardConfigCount - 1;
   for (int i = 0; i < kLast; ++i) {
-    // Rows are ordered from many channels per CTA to one: the next row would do for this group?
+    // Rows go from many channels per CTA to one; take the next if it holds the whole group.
     const bool too_wide = problem.channels_per_group() <= kBackwardConfigs[i + 1].warps;
     if (!too_wide && refusal(kBackwardConfigs[i], problem, device) == nullptr) {
       return i;

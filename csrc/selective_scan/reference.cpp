@@ -22,8 +22,9 @@ Scalar read(const TensorView& tensor, std::int64_t at) {
   return static_cast<Scalar>(load_double(tensor.data, tensor.dtype, at));
 }
 
-void write(const TensorView& tensor, std::int64_t at, double value) {
-  store_float(tensor.data, tensor.dtype, at, value);
+template <class Scalar>
+void write(const TensorView& tensor, std::int64_t at, Scalar value) {
+  store_float(tensor.data, tensor.dtype, at, static_cast<double>(value));
 }
 
 // The inputs of one channel of one batch entry, one step or state at a time.
@@ -70,8 +71,9 @@ class Channel {
 
  private:
   Scalar bias() const {
-    return in_.delta_bias.present() ? read<Scalar>(in_.delta_bias, channel_ * in_.delta_bias.stride[0])
-                                    : Scalar(0);
+    return in_.delta_bias.present()
+               ? read<Scalar>(in_.delta_bias, channel_ * in_.delta_bias.stride[0])
+               : Scalar(0);
   }
 
   const Inputs& in_;
@@ -80,7 +82,9 @@ class Channel {
   std::int64_t group_ = 0;
 };
 
-// Sums into a tensor in double: every element starts at 0 and is rounded once, at the end.
+// Sums into a tensor: every element starts at 0 and is rounded to the tensor's dtype once, at the
+// end.
+template <class Scalar>
 class Sums {
  public:
   explicit Sums(const TensorView& to) : to_(to) {
@@ -96,7 +100,7 @@ class Sums {
     }
   }
 
-  void add(std::int64_t at, double value) { sums_[static_cast<std::size_t>(at)] += value; }
+  void add(std::int64_t at, Scalar value) { sums_[static_cast<std::size_t>(at)] += value; }
 
   void store() const { store_from(0, 0); }
 
@@ -106,7 +110,7 @@ class Sums {
       return;
     }
     if (dimension == to_.dim) {
-      write(to_, at, sums_[static_cast<std::size_t>(at)]);
+      write<Scalar>(to_, at, sums_[static_cast<std::size_t>(at)]);
       return;
     }
     for (std::int64_t i = 0; i < to_.size[dimension]; ++i) {
@@ -115,14 +119,16 @@ class Sums {
   }
 
   TensorView to_;
-  std::vector<double> sums_;
+  std::vector<Scalar> sums_;
 };
 
 // What forward leaves for backward: one channel's states after every step, and its pre-gate output.
 template <class Scalar>
 struct Trace {
-  Trace(std::int64_t length, std::int64_t states)
-      : states(states), h(static_cast<std::size_t>((length + 1) * states)), y(static_cast<std::size_t>(length)) {}
+  Trace(std::int64_t length, std::int64_t state_count)
+      : states(state_count),
+        h(static_cast<std::size_t>((length + 1) * state_count)),
+        y(static_cast<std::size_t>(length)) {}
 
   // h[t, n], with t = -1 for the state that enters.
   Scalar& state(std::int64_t t, std::int64_t n) {
@@ -143,14 +149,14 @@ void run(const Channel<Scalar>& channel, std::int64_t length, Trace<Scalar>& tra
   for (std::int64_t t = 0; t < length; ++t) {
     const Scalar delta = channel.delta(t);
     const Scalar u = channel.u(t);
-    double sum = 0;
+    Scalar y = channel.D() * u;
     for (std::int64_t n = 0; n < trace.states; ++n) {
       const Scalar decay = std::exp(delta * channel.A(n));
       const Scalar h = decay * trace.state(t - 1, n) + delta * channel.B(n, t) * u;
       trace.state(t, n) = h;
-      sum += static_cast<double>(channel.C(n, t) * h);
+      y += channel.C(n, t) * h;
     }
-    trace.output(t) = static_cast<Scalar>(sum) + channel.D() * u;
+    trace.output(t) = y;
   }
 }
 
@@ -167,14 +173,14 @@ void forward(const ForwardParams& params) {
       const Channel<Scalar> channel(in, b, d);
       run(channel, length, trace);
       for (std::int64_t t = 0; t < length; ++t) {
-        write(params.out, offset(params.out, b, d, t), static_cast<double>(trace.output(t) * channel.gate(t)));
+        write(params.out, offset(params.out, b, d, t), trace.output(t) * channel.gate(t));
       }
       for (std::int64_t n = 0; n < states; ++n) {
-        write(params.last_state, offset(params.last_state, b, d, n),
-              static_cast<double>(trace.state(length - 1, n)));
+        write(params.last_state, offset(params.last_state, b, d, n), trace.state(length - 1, n));
         for (std::int64_t k = 0; k < params.checkpoints.size[2]; ++k) {
-          write(params.checkpoints, offset(params.checkpoints, b, d, k) + n * params.checkpoints.stride[3],
-                static_cast<double>(trace.state(k * kCheckpointInterval - 1, n)));
+          write(params.checkpoints,
+                offset(params.checkpoints, b, d, k) + n * params.checkpoints.stride[3],
+                trace.state(k * kCheckpointInterval - 1, n));
         }
       }
     }
@@ -187,7 +193,8 @@ void backward(const BackwardParams& params) {
   const Inputs& in = params.in;
   const std::int64_t length = in.u.size[2];
   const std::int64_t states = in.A.size[1];
-  Sums dA(params.dA), dB(params.dB), dC(params.dC), dD(params.dD), ddelta_bias(params.ddelta_bias);
+  Sums<Scalar> dA(params.dA), dB(params.dB), dC(params.dC), dD(params.dD),
+      ddelta_bias(params.ddelta_bias);
   Trace<Scalar> trace(length, states);
   std::vector<Scalar> carry(static_cast<std::size_t>(states));  // exp(delta[t+1] A) q[t+1]
   for (std::int64_t b = 0; b < in.u.size[0]; ++b) {
@@ -205,46 +212,44 @@ void backward(const BackwardParams& params) {
         const Scalar g = dout * channel.gate(t);
         const Scalar delta = channel.delta(t);
         const Scalar u = channel.u(t);
-        double sum_qB = 0;
-        double sum_qAa = 0;
+        Scalar sum_qB = 0;
+        Scalar sum_qAa = 0;
         for (std::int64_t n = 0; n < states; ++n) {
           const Scalar A = channel.A(n);
           const Scalar B = channel.B(n, t);
           const Scalar q = channel.C(n, t) * g + carry[static_cast<std::size_t>(n)];
           const Scalar decayed_q = std::exp(delta * A) * q;
           const Scalar qa = decayed_q * trace.state(t - 1, n);
-          sum_qB += static_cast<double>(q * B);
-          sum_qAa += static_cast<double>(qa * A);
-          dA.add(offset(params.dA, d, n), static_cast<double>(qa * delta));
-          dB.add(channel.place(params.dB, n, t), static_cast<double>(q * delta * u));
-          dC.add(channel.place(params.dC, n, t), static_cast<double>(g * trace.state(t, n)));
+          sum_qB += q * B;
+          sum_qAa += qa * A;
+          dA.add(offset(params.dA, d, n), qa * delta);
+          dB.add(channel.place(params.dB, n, t), q * delta * u);
+          dC.add(channel.place(params.dC, n, t), g * trace.state(t, n));
           carry[static_cast<std::size_t>(n)] = decayed_q;
         }
-        const double slope = static_cast<double>(channel.delta_slope(t));
-        const double ddelta = slope * (sum_qB * static_cast<double>(u) + sum_qAa);
-        write(params.du, offset(params.du, b, d, t),
-              static_cast<double>(channel.D() * g) + sum_qB * static_cast<double>(delta));
+        const Scalar ddelta = channel.delta_slope(t) * (sum_qB * u + sum_qAa);
+        write(params.du, offset(params.du, b, d, t), channel.D() * g + sum_qB * delta);
         write(params.ddelta, offset(params.ddelta, b, d, t), ddelta);
         if (in.D.present()) {
-          dD.add(d * params.dD.stride[0], static_cast<double>(g * u));
+          dD.add(d * params.dD.stride[0], g * u);
         }
         if (in.delta_bias.present()) {
           ddelta_bias.add(d * params.ddelta_bias.stride[0], ddelta);
         }
         if (in.z.present()) {
           write(params.dz, offset(params.dz, b, d, t),
-                static_cast<double>(dout * trace.output(t) * silu_grad(channel.z(t))));
+                dout * trace.output(t) * silu_grad(channel.z(t)));
         }
       }
       if (in.initial_state.present()) {
         for (std::int64_t n = 0; n < states; ++n) {
           write(params.dinitial_state, offset(params.dinitial_state, b, d, n),
-                static_cast<double>(carry[static_cast<std::size_t>(n)]));
+                carry[static_cast<std::size_t>(n)]);
         }
       }
     }
   }
-  for (const Sums* sums : {&dA, &dB, &dC, &dD, &ddelta_bias}) {
+  for (const Sums<Scalar>* sums : {&dA, &dB, &dC, &dD, &ddelta_bias}) {
     sums->store();
   }
 }

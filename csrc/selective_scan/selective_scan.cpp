@@ -28,8 +28,8 @@ void check_memory(const char* op, const char* argument, const TensorView& tensor
     if (size == 0) {
       return;
     }
-    MAMBA_CHECK(count <= limit / size && (size == 1 || stride <= (limit - 1 - last) / (size - 1)), op, ": ",
-                argument, " is larger than 64-bit offsets reach, got ", describe(tensor));
+    MAMBA_CHECK(count <= limit / size && (size == 1 || stride <= (limit - 1 - last) / (size - 1)),
+                op, ": ", argument, " is larger than 64-bit offsets reach, got ", describe(tensor));
     count *= size;
     last += (size - 1) * stride;
   }
@@ -43,8 +43,9 @@ void check_output(const char* op, const char* argument, const TensorView& tensor
   check_shape(op, argument, tensor, shape);
   check_dtype(op, argument, tensor, dtype);
   check_memory(op, argument, tensor, device);
+  const bool is_empty = tensor.numel() == 0;
   for (int i = 0; i < tensor.dim; ++i) {
-    MAMBA_CHECK(tensor.size[i] < 2 || tensor.stride[i] > 0, op, ": ", argument,
+    MAMBA_CHECK(is_empty || tensor.size[i] < 2 || tensor.stride[i] > 0, op, ": ", argument,
                 " is written, so its elements may not share memory: stride 0 in dimension ", i);
   }
 }
@@ -68,8 +69,8 @@ void check_optional_input(const char* op, const char* argument, const TensorView
 void check_optional_output(const char* op, const char* argument, const TensorView& tensor,
                            const char* owner, const TensorView& input, Device device, DType dtype,
                            std::initializer_list<std::int64_t> shape) {
-  MAMBA_CHECK(tensor.present() == input.present(), op, ": ", argument, " must be given exactly when ",
-              owner, " is");
+  MAMBA_CHECK(tensor.present() == input.present(), op, ": ", argument,
+              " must be given exactly when ", owner, " is");
   if (tensor.present()) {
     check_output(op, argument, tensor, device, dtype, shape);
   }
@@ -89,8 +90,8 @@ struct Sizes {
 void check_projection(const char* op, const char* argument, const TensorView& tensor,
                       const Sizes& sizes) {
   MAMBA_CHECK(tensor.dim == 2 || tensor.dim == 4, op, ": ", argument, " must have shape (",
-              sizes.channels, ", ", sizes.states, ") or (", sizes.batch, ", groups, ", sizes.states, ", ",
-              sizes.length, "), got ", describe(tensor));
+              sizes.channels, ", ", sizes.states, ") or (", sizes.batch, ", groups, ", sizes.states,
+              ", ", sizes.length, "), got ", describe(tensor));
   if (tensor.dim == 2) {
     check_input(op, argument, tensor, sizes.device, sizes.sum, {sizes.channels, sizes.states});
     return;
@@ -103,16 +104,18 @@ void check_projection(const char* op, const char* argument, const TensorView& te
 }
 
 Sizes check_inputs(const char* op, const Inputs& in) {
-  MAMBA_CHECK(in.u.dim == 3, op, ": u must have shape (batch, channels, length), got ", describe(in.u));
+  MAMBA_CHECK(in.u.dim == 3, op, ": u must have shape (batch, channels, length), got ",
+              describe(in.u));
   MAMBA_CHECK(in.A.dim == 2, op, ": A must have shape (channels, states), got ", describe(in.A));
   check_float(op, "u", in.u);
-  const Sizes sizes = {in.u.size[0],  in.u.size[1],
-                       in.u.size[2],  in.A.size[1],
-                       in.u.dtype,    in.u.dtype == DType::f64 ? DType::f64 : DType::f32,
+  const Sizes sizes = {in.u.size[0], in.u.size[1],
+                       in.u.size[2], in.A.size[1],
+                       in.u.dtype,   in.u.dtype == DType::f64 ? DType::f64 : DType::f32,
                        in.u.device};
   MAMBA_CHECK(sizes.states > 0, op, ": A must have at least one state, got ", describe(in.A));
   check_memory(op, "u", in.u, sizes.device);
-  const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels, sizes.length};
+  const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels,
+                                                           sizes.length};
   check_input(op, "delta", in.delta, sizes.device, sizes.dtype, activations);
   check_input(op, "A", in.A, sizes.device, sizes.sum, {sizes.channels, sizes.states});
   check_projection(op, "B", in.B, sizes);
@@ -170,15 +173,17 @@ void forward_empty(const ForwardParams& params) {
 }
 
 void backward_empty(const BackwardParams& params) {
-  for (const TensorView* sums : {&params.dA, &params.dB, &params.dC, &params.dD, &params.ddelta_bias}) {
+  for (const TensorView* sums :
+       {&params.dA, &params.dB, &params.dC, &params.dD, &params.ddelta_bias}) {
     cuda::copy_or_zero(*sums, TensorView(), params.stream);
   }
   cuda::copy_or_zero(params.dinitial_state, params.dlast_state, params.stream);
 }
 #else
 [[noreturn]] void fail_without_cuda(const char* op) {
-  fail(op, ": the tensors are on a CUDA device, but this library was built without CUDA; build it with "
-           "-DMAMBA_CUDA=ON");
+  fail(op,
+       ": the tensors are on a CUDA device, but this library was built without CUDA; build it with "
+       "-DMAMBA_CUDA=ON");
 }
 #endif
 
@@ -191,8 +196,9 @@ void forward(const ForwardParams& params) {
                {sizes.batch, sizes.channels, sizes.length});
   check_output(kOp, "last_state", params.last_state, sizes.device, sizes.sum,
                {sizes.batch, sizes.channels, sizes.states});
-  check_output(kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
-               {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
+  check_output(
+      kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
+      {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
   check_contiguous(kOp, "checkpoints", params.checkpoints);
   if (sizes.device.is_cuda()) {
 #if MAMBA_WITH_CUDA
@@ -215,12 +221,14 @@ void backward(const BackwardParams& params) {
   constexpr char kOp[] = "selective_scan_backward";
   const Inputs& in = params.in;
   const Sizes sizes = check_inputs(kOp, in);
-  const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels, sizes.length};
+  const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels,
+                                                           sizes.length};
   const std::initializer_list<std::int64_t> state = {sizes.batch, sizes.channels, sizes.states};
   check_input(kOp, "dout", params.dout, sizes.device, sizes.dtype, activations);
   check_optional_input(kOp, "dlast_state", params.dlast_state, sizes.device, sizes.sum, state);
-  check_input(kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
-              {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
+  check_input(
+      kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
+      {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
   check_contiguous(kOp, "checkpoints", params.checkpoints);
   check_output(kOp, "du", params.du, sizes.device, sizes.dtype, activations);
   check_output(kOp, "ddelta", params.ddelta, sizes.device, sizes.dtype, activations);

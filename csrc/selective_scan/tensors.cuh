@@ -28,140 +28,6 @@ inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kItems = 8;  // consecutive steps that a thread moves at once
 
-// (B, D, L) in T.
-template <class T>
-struct Sequence {
-  T* data = nullptr;
-  std::int64_t batch = 0, channel = 0, step = 0;
-  bool vectorize = false;  // kItems steps from a multiple of kItems on are whole vectors
-
-  __device__ __forceinline__ T* row(std::int64_t b, std::int64_t c) const {
-    return data + b * batch + c * channel;
-  }
-};
-
-// B or C: (B, G, N, L) in T when `varying` is set, (D, N) in float when `constant` is.
-template <class T>
-struct Coefficient {
-  const T* varying = nullptr;
-  const float* constant = nullptr;
-  std::int64_t batch = 0, group = 0, channel = 0, state = 0, step = 0;
-  bool vectorize = false;
-};
-
-// (B, D, N), or (D, N) with batch = 0, or (D) with state = 0 too.
-template <class Float>
-struct Weights {
-  Float* data = nullptr;
-  std::int64_t batch = 0, channel = 0, state = 0;
-
-  __device__ __forceinline__ Float& at(std::int64_t b, std::int64_t c, std::int64_t n) const {
-    return data[b * batch + c * channel + n * state];
-  }
-  // The value, or zero when the argument is absent.
-  __device__ __forceinline__ float get(std::int64_t b, std::int64_t c, std::int64_t n) const {
-    return data == nullptr ? 0.0f : at(b, c, n);
-  }
-};
-
-// What forward and backward both read. T is the device's element type.
-template <class T>
-struct DeviceInputs {
-  std::int64_t batch, channels, channels_per_group, length, tiles;
-  int d_state;
-  Sequence<const T> u, delta, z;
-  Coefficient<T> B, C;
-  Weights<const float> A, D, delta_bias, initial_state;
-  bool delta_softplus;
-};
-
-// A stride that only a size of one uses says nothing about alignment.
-inline std::int64_t stride_of(const TensorView& tensor, int dim) {
-  return tensor.size[dim] == 1 ? 0 : tensor.stride[dim];
-}
-
-inline bool can_vectorize(const TensorView& tensor) {
-  const std::int64_t item = size_of(tensor.dtype);
-  bool aligned = tensor.stride[tensor.dim - 1] == 1 &&
-                 reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0;
-  for (int i = 0; i + 1 < tensor.dim; ++i) {
-    aligned = aligned && stride_of(tensor, i) * item % 16 == 0;
-  }
-  return aligned;
-}
-
-template <class T>
-Sequence<T> sequence(const TensorView& tensor) {
-  Sequence<T> out;
-  if (tensor.present()) {
-    out.data = static_cast<T*>(tensor.data);
-    out.batch = tensor.stride[0];
-    out.channel = tensor.stride[1];
-    out.step = tensor.stride[2];
-    out.vectorize = can_vectorize(tensor);
-  }
-  return out;
-}
-
-template <class T>
-Coefficient<T> coefficient(const TensorView& tensor) {
-  Coefficient<T> out;
-  if (tensor.dim == 2) {
-    out.constant = static_cast<const float*>(tensor.data);
-    out.channel = tensor.stride[0];
-    out.state = tensor.stride[1];
-  } else {
-    out.varying = static_cast<const T*>(tensor.data);
-    out.batch = tensor.stride[0];
-    out.group = tensor.stride[1];
-    out.state = tensor.stride[2];
-    out.step = tensor.stride[3];
-    out.vectorize = can_vectorize(tensor);
-  }
-  return out;
-}
-
-template <class Float>
-Weights<Float> weights(const TensorView& tensor) {
-  Weights<Float> out;
-  if (tensor.present()) {
-    out.data = static_cast<Float*>(tensor.data);
-    out.batch = tensor.dim == 3 ? tensor.stride[0] : 0;
-    out.channel = tensor.stride[tensor.dim == 3 ? 1 : 0];
-    out.state = tensor.dim == 1 ? 0 : tensor.stride[tensor.dim - 1];
-  }
-  return out;
-}
-
-template <class T>
-DeviceInputs<T> device_inputs(const Inputs& in, std::int64_t channels_per_group) {
-  DeviceInputs<T> out;
-  out.batch = in.u.size[0];
-  out.channels = in.u.size[1];
-  out.channels_per_group = channels_per_group;
-  out.length = in.u.size[2];
-  out.d_state = static_cast<int>(in.A.size[1]);
-  out.tiles = ceil_div(out.length, kCheckpointInterval);
-  out.u = sequence<const T>(in.u);
-  out.delta = sequence<const T>(in.delta);
-  out.z = sequence<const T>(in.z);
-  out.B = coefficient<T>(in.B);
-  out.C = coefficient<T>(in.C);
-  out.A = weights<const float>(in.A);
-  out.D = weights<const float>(in.D);
-  out.delta_bias = weights<const float>(in.delta_bias);
-  out.initial_state = weights<const float>(in.initial_state);
-  out.delta_softplus = in.delta_softplus;
-  return out;
-}
-
-// Grids have one dimension, the only one that is not limited to 65535 blocks.
-inline unsigned grid_size(std::int64_t blocks) {
-  MAMBA_CHECK(blocks <= 0x7fffffff, "selective_scan: ", blocks,
-              " blocks exceed CUDA's grid; split the batch");
-  return static_cast<unsigned>(blocks);
-}
-
 __device__ __forceinline__ void unpack(const unsigned (&words)[8], float (&to)[kItems], float) {
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -214,20 +80,174 @@ __device__ __forceinline__ Items<T> load_items(const T* from, std::int64_t step,
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     if constexpr (sizeof(T) == 4) {
-      items.words[i] = i < valid ? __float_as_uint(*from) : 0u;
+      items.words[i] = i < valid ? __float_as_uint(from[i * step]) : 0u;
     } else {
-      const unsigned bits = i < valid ? *reinterpret_cast<const unsigned short*>(from) : 0u;
+      const unsigned bits =
+          i < valid ? *reinterpret_cast<const unsigned short*>(from + i * step) : 0u;
       items.words[i / 2] = i % 2 == 0 ? bits : items.words[i / 2] | bits << 16;
     }
-    from += step;
   }
   return items;
+}
+
+// (B, D, L) in T.
+template <class T>
+struct Sequence {
+  T* data = nullptr;
+  std::int64_t batch = 0, channel = 0, step = 0;
+  bool vectorize = false;  // kItems steps from a multiple of kItems on are whole vectors
+
+  __device__ __forceinline__ T* row(int b, int c) const { return data + b * batch + c * channel; }
+  // The kItems steps from `first` on, of which `valid` exist.
+  __device__ __forceinline__ auto load(int b, int c, std::int64_t first, int valid) const {
+    return load_items(row(b, c) + first * step, step, valid, vectorize);
+  }
+  __device__ __forceinline__ void store(int b, int c, std::int64_t first, int valid,
+                                        const float (&values)[kItems]) const {
+    store_span(row(b, c) + first * step, step, valid, vectorize, values);
+  }
+};
+
+// B or C: (B, G, N, L) in T when `varying` is set, (D, N) in float when `constant` is.
+template <class T>
+struct Coefficient {
+  const T* varying = nullptr;
+  const float* constant = nullptr;
+  std::int64_t batch = 0, group = 0, channel = 0, state = 0, step = 0;
+  bool vectorize = false;
+};
+
+// (B, D, N), or (D, N) with batch = 0, or (D) with state = 0 too.
+template <class Float>
+struct Weights {
+  Float* data = nullptr;
+  std::int64_t batch = 0, channel = 0, state = 0;
+
+  __device__ __forceinline__ Float& at(int b, int c, int n) const {
+    return data[b * batch + c * channel + n * state];
+  }
+  // The value, or zero when the argument is absent.
+  __device__ __forceinline__ float get(int b, int c, int n) const {
+    return data == nullptr ? 0.0f : at(b, c, n);
+  }
+};
+
+// What forward and backward both read. T is the device's element type.
+template <class T>
+struct DeviceInputs {
+  int channels, channels_per_group, groups, d_state;
+  int tiles;  // of kCheckpointInterval steps
+  std::int64_t length;
+  Sequence<const T> u, delta, z;
+  Coefficient<T> B, C;
+  Weights<const float> A, D, delta_bias, initial_state;
+  bool delta_softplus;
+};
+
+// Where checkpoints, (B, D, tiles, N), keep the states that enter a tile.
+template <class T>
+__device__ __forceinline__ std::int64_t checkpoint_offset(const DeviceInputs<T>& in, int b, int c,
+                                                          int tile) {
+  return ((static_cast<std::int64_t>(b) * in.channels + c) * in.tiles + tile) * in.d_state;
+}
+
+// A stride that only a size of one uses says nothing about alignment.
+inline std::int64_t stride_of(const TensorView& tensor, int dim) {
+  return tensor.size[dim] == 1 ? 0 : tensor.stride[dim];
+}
+
+inline bool can_vectorize(const TensorView& tensor) {
+  const std::int64_t item = size_of(tensor.dtype);
+  bool aligned =
+      tensor.stride[tensor.dim - 1] == 1 && reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0;
+  for (int i = 0; i + 1 < tensor.dim; ++i) {
+    aligned = aligned && stride_of(tensor, i) * item % 16 == 0;
+  }
+  return aligned;
+}
+
+template <class T>
+Sequence<T> sequence(const TensorView& tensor) {
+  Sequence<T> out;
+  if (tensor.present()) {
+    out.data = static_cast<T*>(tensor.data);
+    out.batch = tensor.stride[0];
+    out.channel = tensor.stride[1];
+    out.step = tensor.stride[2];
+    out.vectorize = can_vectorize(tensor);
+  }
+  return out;
+}
+
+template <class T>
+Coefficient<T> coefficient(const TensorView& tensor) {
+  Coefficient<T> out;
+  if (tensor.dim == 2) {
+    out.constant = static_cast<const float*>(tensor.data);
+    out.channel = tensor.stride[0];
+    out.state = tensor.stride[1];
+  } else {
+    out.varying = static_cast<const T*>(tensor.data);
+    out.batch = tensor.stride[0];
+    out.group = tensor.stride[1];
+    out.state = tensor.stride[2];
+    out.step = tensor.stride[3];
+    out.vectorize = can_vectorize(tensor);
+  }
+  return out;
+}
+
+template <class Float>
+Weights<Float> weights(const TensorView& tensor) {
+  Weights<Float> out;
+  if (tensor.present()) {
+    out.data = static_cast<Float*>(tensor.data);
+    out.batch = tensor.dim == 3 ? tensor.stride[0] : 0;
+    out.channel = tensor.stride[tensor.dim == 3 ? 1 : 0];
+    out.state = tensor.dim == 1 ? 0 : tensor.stride[tensor.dim - 1];
+  }
+  return out;
+}
+
+// Offsets have 64 bits; what the kernels count in 32 is checked here.
+inline int count(std::int64_t size) {
+  MAMBA_CHECK(size <= 0x7fffff00, "selective_scan: ", size, " exceeds what a CUDA launch counts");
+  return static_cast<int>(size);
+}
+
+template <class T>
+DeviceInputs<T> device_inputs(const Inputs& in, std::int64_t groups) {
+  DeviceInputs<T> out;
+  out.channels = count(in.u.size[1]);
+  out.channels_per_group = count(in.u.size[1] / groups);
+  out.groups = count(groups);
+  out.d_state = count(in.A.size[1]);
+  out.length = in.u.size[2];
+  out.tiles = count(ceil_div(out.length, kCheckpointInterval));
+  out.u = sequence<const T>(in.u);
+  out.delta = sequence<const T>(in.delta);
+  out.z = sequence<const T>(in.z);
+  out.B = coefficient<T>(in.B);
+  out.C = coefficient<T>(in.C);
+  out.A = weights<const float>(in.A);
+  out.D = weights<const float>(in.D);
+  out.delta_bias = weights<const float>(in.delta_bias);
+  out.initial_state = weights<const float>(in.initial_state);
+  out.delta_softplus = in.delta_softplus;
+  return out;
 }
 
 // Steps of [first, first + kItems) that lie before `length`.
 __device__ __forceinline__ int valid_items(std::int64_t length, std::int64_t first) {
   const std::int64_t left = length - first;
   return left >= kItems ? kItems : (left > 0 ? static_cast<int>(left) : 0);
+}
+
+// The same value, but the compiler cannot know: what depends on it is computed again where it is
+// used, instead of holding registers over a whole tile.
+__device__ __forceinline__ int recomputed(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // delta as the recurrence uses it. A step beyond the end has delta = 0 and u = 0: it multiplies the
@@ -249,8 +269,8 @@ struct CoefficientRows {
   std::int64_t state, step;
   bool vectorize;
 
-  __device__ __forceinline__ CoefficientRows(const Coefficient<T>& all, std::int64_t b,
-                                             std::int64_t group, std::int64_t channel)
+  __device__ __forceinline__ CoefficientRows(const Coefficient<T>& all, int b, int group,
+                                             int channel)
       : varying(all.varying + b * all.batch + group * all.group),
         constant(all.constant == nullptr ? nullptr : all.constant + channel * all.channel),
         state(all.state),

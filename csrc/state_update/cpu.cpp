@@ -141,7 +141,7 @@ void update_block(const Params& params, Kernel kernel, bool tied, std::int64_t b
 void update(const Params& params, Isa isa) {
   const Kernel kernel = kernel_of(isa);
   if (kernel == nullptr) {
-    reference::update<float>(params);
+    reference::update<float, double>(params);
     return;
   }
   const std::int64_t heads = params.x.size[1];

@@ -16,7 +16,7 @@ Scalar at(const TensorView& tensor, std::int64_t i, std::int64_t j, std::int64_t
 
 }  // namespace
 
-template <class Scalar>
+template <class Scalar, class Sum>
 void update(const Params& params) {
   const std::int64_t heads = params.x.size[1];
   const std::int64_t headdim = params.x.size[2];
@@ -30,7 +30,7 @@ void update(const Params& params) {
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t g = h / heads_per_group;
       for (std::int64_t p = 0; p < headdim; ++p) {
-        double y = 0;
+        Sum y = 0;
         if (entry >= 0) {
           const Scalar x = at<Scalar>(params.x, b, h, p);
           Scalar delta = at<Scalar>(params.dt, b, h, p);
@@ -46,25 +46,26 @@ void update(const Params& params) {
             const Scalar old = static_cast<Scalar>(load_double(state.data, state.dtype, offset));
             const Scalar updated = old * std::exp(delta * at<Scalar>(params.A, h, p, n)) +
                                    delta * at<Scalar>(params.B, b, g, n) * x;
-            y += static_cast<double>(updated) * at<double>(params.C, b, g, n);
+            y += static_cast<Sum>(updated * at<Scalar>(params.C, b, g, n));
             store_float(state.data, state.dtype, offset, static_cast<double>(updated));
           }
           if (params.D.present()) {
-            y += at<double>(params.D, h, p) * static_cast<double>(x);
+            y += static_cast<Sum>(at<Scalar>(params.D, h, p) * x);
           }
           if (params.z.present()) {
-            y *= static_cast<double>(silu(at<Scalar>(params.z, b, h, p)));
+            y *= static_cast<Sum>(silu(at<Scalar>(params.z, b, h, p)));
           }
         }
         store_float(params.out.data, params.out.dtype,
                     b * params.out.stride[0] + h * params.out.stride[1] + p * params.out.stride[2],
-                    y);
+                    static_cast<double>(y));
       }
     }
   }
 }
 
-template void update<float>(const Params&);
-template void update<double>(const Params&);
+template void update<float, float>(const Params&);
+template void update<float, double>(const Params&);
+template void update<double, double>(const Params&);
 
 }  // namespace mamba_native::state_update::reference

@@ -21,7 +21,7 @@ void check_input(const char* argument, const TensorView& tensor, Device device, 
 
 // A written tensor must have an address of its own for every element.
 void check_written(const char* argument, const TensorView& tensor) {
-  for (int i = 0; i < tensor.dim; ++i) {
+  for (int i = 0; i < tensor.dim && tensor.numel() > 0; ++i) {
     MAMBA_CHECK(tensor.size[i] <= 1 || tensor.stride[i] != 0, kOp, ": ", argument,
                 " is written, so it cannot be an expanded view (stride 0 in dimension ", i,
                 "); pass a contiguous copy, got ", describe(tensor));

@@ -59,8 +59,22 @@ def test_unknown_command_lists_the_known(capsys):
 
 
 def test_unknown_operation_lists_the_known(capsys):
-    assert cli.main(["bench", "attention"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "attention"])
+    assert ended.value.code == 2
     assert "selective_scan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("toaster", "toaster"), ("meta", "cpu and cuda"), ("cuda:99", "--device cuda:99: t")],
+)
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_unusable_device_is_one_sentence(command, name, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--device", name])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_upstream_rows_are_default_gpu_rows():
@@ -97,7 +111,7 @@ def test_row_with_and_without_upstream():
     assert bench.format_row(row).split() == [
         "a",
         "-",
-        "2.0",
+        "2.00",
         "-",
         "-",
         "-",

@@ -15,6 +15,15 @@ from mamba_ssm.cli.witten_bell import WittenBell
 TINY = ["--steps", "12", "--d-model", "16", "--layers", "1", "--length", "16", "--batch", "2"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from more, and a busy machine makes them wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_witten_bell_order_0_by_hand():
     # "aab": n = 3, t = 2, so P(a) = (2 + 2 / 256) / 5 and an unseen byte has (2 / 256) / 5.
     model = WittenBell(b"aab", order=0)
@@ -86,24 +95,33 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[3] == pytest.approx(0.1, abs=1e-3)
 
 
-def run(out, *arguments):
-    status = cli.main(["demo", "--out", str(out), *TINY, *arguments])
-    path = out / "result.json"
-    return status, json.loads(path.read_text()) if path.is_file() else None
+@pytest.fixture
+def run(tmp_path):
+    """Runs the tiny demo on part of its text; returns the exit status and result.json."""
+    text = tmp_path / "text"
+    text.write_bytes(demo.read_text(None)[:20_000])
+
+    def demo_in(out, *arguments):
+        arguments = ["demo", "--text", str(text), "--out", str(out), *TINY, *arguments]
+        status = cli.main(arguments)
+        path = out / "result.json"
+        return status, json.loads(path.read_text()) if path.is_file() else None
+
+    return demo_in
 
 
-def test_losing_to_order_2_is_an_error(tmp_path, capsys):
-    status, result = run(tmp_path)
+def test_losing_to_order_2_is_an_error(run, tmp_path, capsys):
+    status, result = run(tmp_path / "out")
     assert status == 1
     assert result["bits_per_byte"] > result["order_2_bits_per_byte"]
     assert "did not beat" in capsys.readouterr().err
 
 
-def test_winning_leaves_everything(tmp_path, capsys):
+def test_winning_leaves_everything(run, tmp_path, capsys):
     """Two bytes do not tell the next one of this text, a longer memory does."""
     generator = torch.Generator().manual_seed(1)
     period = bytes(97 + torch.randint(2, (64,), generator=generator))
-    text = tmp_path / "text"
+    text = tmp_path / "periodic"
     text.write_bytes(period * 64)
     arguments = ["--text", str(text), "--steps", "150", "--length", "64", "--batch", "8"]
     status, result = run(tmp_path / "out", *arguments, "--d-model", "32", "--learning-rate", "0.01")
@@ -122,7 +140,7 @@ def test_winning_leaves_everything(tmp_path, capsys):
     assert len(sample) == 64 + demo.SAMPLE_BYTES
 
 
-def test_interruption_and_resume_give_the_same_numbers(tmp_path, monkeypatch, capsys):
+def test_interruption_and_resume_give_the_same_numbers(run, tmp_path, monkeypatch, capsys):
     _, whole = run(tmp_path / "whole")
 
     original = Training.step
@@ -149,22 +167,32 @@ def test_interruption_and_resume_give_the_same_numbers(tmp_path, monkeypatch, ca
     ).read_bytes()
 
 
-def test_resume_refuses_other_settings_and_nothing(tmp_path, capsys):
-    assert cli.main(["demo", "--out", str(tmp_path), "--resume"]) == 1
-    assert "nothing to resume" in capsys.readouterr().err
+@pytest.fixture
+def refusal(capsys):
+    """What --resume says when it ends with status 2."""
+
+    def say(out, *arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["demo", "--out", str(out), "--resume", *arguments])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return say
+
+
+def test_resume_refuses_other_settings_and_nothing(tmp_path, refusal):
+    assert refusal(tmp_path).startswith("nothing to resume")
     tiny_training(demo.read_text(None)).save(tmp_path / "checkpoint.pt")
-    assert cli.main(["demo", "--out", str(tmp_path), "--resume", "--steps", "7"]) == 1
-    assert "keeps steps = 1" in capsys.readouterr().err
+    assert "keeps steps = 1" in refusal(tmp_path, "--steps", "7")
 
 
-def test_resume_refuses_another_text(tmp_path, capsys):
+def test_resume_refuses_another_text(tmp_path, refusal):
     tiny_training().save(tmp_path / "checkpoint.pt")
-    assert cli.main(["demo", "--out", str(tmp_path), "--resume"]) == 1
-    assert "another text" in capsys.readouterr().err
+    assert "another text" in refusal(tmp_path)
 
 
 @pytest.mark.gpu
-def test_demo_on_cuda(tmp_path):
-    status, result = run(tmp_path, "--device", "cuda")
+def test_demo_on_cuda(run, tmp_path):
+    status, result = run(tmp_path / "out", "--device", "cuda")
     assert status == 1  # twelve tiny steps do not win
     assert len(result["losses"]) == 12

@@ -25,12 +25,12 @@ SAMPLE_BYTES = 600
 
 # option, type, default, help: the settings that decide the numbers; a checkpoint keeps its own.
 SETTINGS = (
-    ("--steps", int, 700, "optimizer steps"),
+    ("--steps", int, 800, "optimizer steps"),
     ("--d-model", int, 192, "width of the model"),
     ("--layers", int, 4, "Mamba layers"),
     ("--length", int, 256, "bytes in a training row"),
-    ("--batch", int, 16, "rows in a step"),
-    ("--learning-rate", float, 4e-3, "peak of the schedule"),
+    ("--batch", int, 8, "rows in a step"),
+    ("--learning-rate", float, 3e-3, "peak of the schedule"),
     ("--seed", int, 0, "of weights, data order and sample"),
 )
 

@@ -1,0 +1,240 @@
+#include "causal_conv1d/cpu.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "causal_conv1d/plan.h"
+#include "core/cpu/isa.h"
+#include "core/error.h"
+#include "core/math.h"
+#include "core/parallel_for.h"
+
+namespace mamba_native::causal_conv1d::cpu {
+namespace {
+
+using mamba_native::cpu::current_isa;
+using mamba_native::cpu::Isa;
+
+constexpr std::int64_t kSegment = 256;  // steps of a task along channels
+
+// A thread is worth waking for this many elements.
+constexpr std::int64_t kWorthAThread = std::int64_t{1} << 15;
+
+std::int64_t grain(std::int64_t elements_per_task) {
+  return std::max<std::int64_t>(1, kWorthAThread / std::max<std::int64_t>(1, elements_per_task));
+}
+
+const KernelsOfWidth& kernels_of(Isa isa, std::int64_t width) {
+  const std::int64_t i = width - 2;
+  switch (isa) {
+    case Isa::sse2:
+      return kSse2Kernels.for_width[i];
+    case Isa::avx2:
+      return kAvx2Kernels.for_width[i];
+    case Isa::avx512:
+      return kAvx512Kernels.for_width[i];
+    case Isa::plain:
+      break;
+  }
+  fail("causal_conv1d: no SIMD kernels for instruction set ", static_cast<int>(isa));
+}
+
+char* address(const TensorView& tensor, std::int64_t i, std::int64_t j, std::int64_t k) {
+  return tensor.as<char>() +
+         (i * tensor.stride[0] + j * tensor.stride[1] + k * tensor.stride[2]) *
+             size_of(tensor.dtype);
+}
+
+// Elements of a CPU kernel's dtypes have 2 or 4 bytes.
+void copy_element(char* to, const char* from, std::int64_t bytes) {
+  if (bytes == 2) {
+    std::memcpy(to, from, 2);
+  } else {
+    std::memcpy(to, from, 4);
+  }
+}
+
+// The last W-1 columns of [initial_states, x].
+void write_final_states(const ForwardParams& params) {
+  const TensorView& x = params.in.x;
+  const TensorView& initial = params.in.initial_states;
+  const TensorView& final_states = params.final_states;
+  const std::int64_t halo = final_states.size[2];
+  const std::int64_t bytes = size_of(x.dtype);
+  for (std::int64_t b = 0; b < x.size[0]; ++b) {
+    for (std::int64_t j = 0; j < halo; ++j) {
+      const std::int64_t t = x.size[2] - halo + j;
+      const bool known = t >= 0 || initial.present();
+      constexpr char kZero[4] = {0, 0, 0, 0};
+      for (std::int64_t d = 0; d < x.size[1]; ++d) {
+        const char* from = !known   ? kZero
+                           : t >= 0 ? address(x, b, d, t)
+                                    : address(initial, b, d, t + halo);
+        copy_element(address(final_states, b, d, j), from, bytes);
+      }
+    }
+  }
+}
+
+// Elements first, first + 1, ... of one dimension.
+TensorView slice(TensorView tensor, int dim, std::int64_t first, std::int64_t count) {
+  if (tensor.present()) {
+    tensor.data = tensor.as<char>() + first * tensor.stride[dim] * size_of(tensor.dtype);
+    tensor.size[dim] = count;
+  }
+  return tensor;
+}
+
+// A decode step of one sequence and one block of channels: a convolution whose initial states are
+// the context in the buffer, then the buffer's turn.
+void update_block(const KernelsOfWidth& kernels, const UpdateParams& params, std::int64_t b,
+                  std::int64_t index) {
+  const TensorView& state = params.conv_state;
+  const std::int64_t tokens = params.x.size[2];
+  const std::int64_t state_len = state.size[2];
+  const std::int64_t halo = params.weight.size[1] - 1;
+  const std::int64_t bytes = size_of(state.dtype);
+  const std::int64_t first = index * kChannelBlock;
+  const std::int64_t channels = std::min<std::int64_t>(kChannelBlock, params.x.size[1] - first);
+  const TensorView& indices = params.conv_state_indices;
+  const std::int64_t row =
+      indices.present() ? indices.as<const std::int32_t>()[b * indices.stride[0]] : b;
+  if (row < 0) {
+    constexpr char kZero[4] = {0, 0, 0, 0};
+    for (std::int64_t i = 0; i < tokens; ++i) {
+      for (std::int64_t d = first; d < first + channels; ++d) {
+        copy_element(address(params.out, b, d, i), kZero, bytes);
+      }
+    }
+    return;
+  }
+  const TensorView& seqlens = params.cache_seqlens;
+  const bool circular = seqlens.present();
+  const std::int64_t start =
+      circular ? seqlens.as<const std::int32_t>()[b * seqlens.stride[0]] % state_len : state_len;
+
+  // A copy, because a circular context wraps and the buffer changes below.
+  char context[3 * kChannelBlock * 4];
+  for (std::int64_t j = 0; j < halo; ++j) {
+    const std::int64_t column = (start - halo + j + state_len) % state_len;
+    for (std::int64_t d = 0; d < channels; ++d) {
+      copy_element(context + (j * kChannelBlock + d) * bytes,
+                   address(state, row, first + d, column), bytes);
+    }
+  }
+  ForwardParams conv;
+  conv.in.x = slice(slice(params.x, 0, b, 1), 1, first, channels);
+  conv.in.weight = slice(params.weight, 0, first, channels);
+  conv.in.bias = slice(params.bias, 0, first, channels);
+  conv.in.initial_states = TensorView(context, state.dtype, {1, channels, halo});
+  conv.in.initial_states.stride[1] = 1;
+  conv.in.initial_states.stride[2] = kChannelBlock;
+  conv.in.silu = params.silu;
+  conv.out = slice(slice(params.out, 0, b, 1), 1, first, channels);
+  kernels.forward_block(conv, 0, 0, 0, tokens);
+
+  if (circular) {
+    for (std::int64_t i = 0; i < tokens; ++i) {
+      for (std::int64_t d = first; d < first + channels; ++d) {
+        copy_element(address(state, row, d, (start + i) % state_len), address(params.x, b, d, i),
+                     bytes);
+      }
+    }
+    return;
+  }
+  for (std::int64_t j = 0; j < state_len; ++j) {
+    const std::int64_t from = j + tokens;  // column of [conv_state, x]
+    for (std::int64_t d = first; d < first + channels; ++d) {
+      copy_element(address(state, row, d, j),
+                   from < state_len ? address(state, row, d, from)
+                                    : address(params.x, b, d, from - state_len),
+                   bytes);
+    }
+  }
+}
+
+}  // namespace
+
+void forward(const ForwardParams& params) {
+  const Isa isa = current_isa();
+  if (isa == Isa::plain) {
+    reference::forward<float>(params);
+    return;
+  }
+  const KernelsOfWidth& kernels = kernels_of(isa, params.in.weight.size[1]);
+  const TensorView& x = params.in.x;
+  const std::int64_t channels = x.size[1];
+  const std::int64_t length = x.size[2];
+  if (is_channel_last(x)) {
+    const std::int64_t blocks = ceil_div(channels, kChannelBlock);
+    const std::int64_t segments = ceil_div(length, kSegment);
+    parallel_for(x.size[0] * segments * blocks, grain(kChannelBlock * std::min(length, kSegment)),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t i = begin; i < end; ++i) {
+                     const std::int64_t t = i / blocks % segments * kSegment;
+                     kernels.forward_block(params, i / blocks / segments, i % blocks, t,
+                                           std::min(length, t + kSegment));
+                   }
+                 });
+  } else {
+    parallel_for(x.size[0] * channels, grain(length), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        kernels.forward_row(params, i / channels, i % channels);
+      }
+    });
+  }
+  if (params.final_states.present()) {
+    write_final_states(params);
+  }
+}
+
+// Tasks own whole channels, so that sums over batch and time have one order and no rivals.
+void backward(const BackwardParams& params) {
+  const Isa isa = current_isa();
+  if (isa == Isa::plain) {
+    reference::backward<float>(params);
+    return;
+  }
+  const KernelsOfWidth& kernels = kernels_of(isa, params.in.weight.size[1]);
+  const TensorView& x = params.in.x;
+  const std::int64_t per_channel = x.size[0] * x.size[2];
+  if (is_channel_last(x)) {
+    parallel_for(ceil_div(x.size[1], kChannelBlock), grain(per_channel * kChannelBlock),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t i = begin; i < end; ++i) {
+                     kernels.backward_block(params, i);
+                   }
+                 });
+  } else {
+    parallel_for(x.size[1], grain(per_channel), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t d = begin; d < end; ++d) {
+        kernels.backward_row(params, d);
+      }
+    });
+  }
+}
+
+void update(const UpdateParams& params) {
+  const Isa isa = current_isa();
+  if (isa == Isa::plain) {
+    reference::update<float>(params);
+    return;
+  }
+  const KernelsOfWidth& kernels = kernels_of(isa, params.weight.size[1]);
+  const TensorView& x = params.x;
+  const std::int64_t blocks = ceil_div(x.size[1], kChannelBlock);
+  // Sequences that share a row of conv_state have no defined result, but they must not race.
+  const bool may_share = params.conv_state_indices.present();
+  const std::int64_t outer = may_share ? 1 : x.size[0];
+  const std::int64_t inner = may_share ? x.size[0] : 1;
+  parallel_for(outer * blocks, grain(inner * kChannelBlock * x.size[2]),
+               [&](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t i = begin; i < end; ++i) {
+                   for (std::int64_t b = 0; b < inner; ++b) {
+                     update_block(kernels, params, i / blocks + b, i % blocks);
+                   }
+                 }
+               });
+}
+
+}  // namespace mamba_native::causal_conv1d::cpu

@@ -1,0 +1,35 @@
+// What the dispatcher (cpu.cpp) and the SIMD kernels (cpu_kernel.h) agree on.
+#pragma once
+
+#include <cstdint>
+
+#include "causal_conv1d/causal_conv1d.h"
+
+namespace mamba_native::causal_conv1d::cpu {
+
+inline constexpr int kTimeBlock = 512;     // steps of a row that are in work at once
+inline constexpr int kChannelBlock = 128;  // channels of a step, likewise
+
+// The kernels of one width and one instruction set.
+struct KernelsOfWidth {
+  // out of the row (b, d), vectors along time.
+  void (*forward_row)(const ForwardParams& params, std::int64_t b, std::int64_t d);
+  // out of the steps [begin, end) of block `index` of channels of sequence b, vectors along
+  // channels.
+  void (*forward_block)(const ForwardParams& params, std::int64_t b, std::int64_t index,
+                        std::int64_t begin, std::int64_t end);
+  // Every gradient of channel d, vectors along time. Not for length 0.
+  void (*backward_row)(const BackwardParams& params, std::int64_t d);
+  // Every gradient of block `index` of channels, vectors along channels.
+  void (*backward_block)(const BackwardParams& params, std::int64_t index);
+};
+
+struct Kernels {
+  KernelsOfWidth for_width[3];  // widths 2, 3, 4
+};
+
+extern const Kernels kSse2Kernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+
+}  // namespace mamba_native::causal_conv1d::cpu

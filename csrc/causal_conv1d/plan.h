@@ -1,0 +1,104 @@
+// The room's inside: one implementation per device, and how CUDA picks a kernel. Everything here
+// assumes parameters that causal_conv1d.cpp has validated.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "causal_conv1d/causal_conv1d.h"
+#include "core/cuda/device.h"
+
+namespace mamba_native::causal_conv1d {
+
+// True when neighbours in memory are neighbours in channel rather than in time.
+bool is_channel_last(const TensorView& x);
+
+// The oracle: the formulas as written, in Scalar (float or double), for any dtypes and strides.
+namespace reference {
+template <class Scalar>
+void forward(const ForwardParams& params);
+template <class Scalar>
+void backward(const BackwardParams& params);
+template <class Scalar>
+void update(const UpdateParams& params);
+void varlen_states(const VarlenStatesParams& params);
+}  // namespace reference
+
+namespace cpu {
+void forward(const ForwardParams& params);
+void backward(const BackwardParams& params);
+void update(const UpdateParams& params);
+}  // namespace cpu
+
+namespace cuda {
+
+// What a thread's vectors lie along.
+enum class Axis { time, channels };
+
+// One row = one kernel per direction, width and dtype: a thread moves that many consecutive elements
+// of 2 or of 4 bytes at once.
+struct Config {
+  Axis axis;
+  int items_of_2_bytes;
+  int items_of_4_bytes;
+
+  constexpr int items(std::int64_t element_bytes) const {
+    return element_bytes == 2 ? items_of_2_bytes : items_of_4_bytes;
+  }
+};
+
+inline constexpr Config kForwardConfigs[] = {
+    {Axis::time, 8, 4},
+    {Axis::time, 16, 8},
+    {Axis::channels, 8, 4},
+    {Axis::channels, 4, 2},  // channel-last tensors whose rows are aligned to no more than 8 bytes
+};
+inline constexpr int kForwardConfigCount =
+    static_cast<int>(sizeof(kForwardConfigs) / sizeof(kForwardConfigs[0]));
+
+inline constexpr Config kBackwardConfigs[] = {
+    {Axis::time, 8, 4},
+    {Axis::time, 16, 8},
+    {Axis::channels, 4, 4},  // 8 channels' weights and sums would fill a thread's registers
+};
+inline constexpr int kBackwardConfigCount =
+    static_cast<int>(sizeof(kBackwardConfigs) / sizeof(kBackwardConfigs[0]));
+
+inline constexpr int kMaxThreads = 128;
+
+// A kernel and its launch. A thread block is lanes x groups threads: lanes lie along the axis,
+// groups along the other one.
+struct Plan {
+  int config = 0;             // row of the table
+  int lanes = 1;              // blockDim.x
+  int groups = 1;             // blockDim.y
+  std::int64_t steps = 1;     // time axis: vectors per thread; channel axis: time steps per thread
+  std::int64_t segments = 1;  // thread blocks along time
+  std::int64_t blocks = 1;    // gridDim.x: segments times thread blocks along the channels
+  std::int64_t batches = 1;   // gridDim.y; a thread block takes every batches-th sequence
+};
+
+// "vectors along time: 8 of 16 bits, 4 of 32".
+std::string describe(const Config& config);
+
+// `forced` < 0 leaves the row to the rules. Error when the grid would exceed CUDA's limits.
+Plan choose_forward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device,
+                    int forced = -1);
+Plan choose_backward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device,
+                     int forced = -1);
+
+// True when strides and address let a tensor (B, D, L) or (B, D, W-1) move in the vectors of `config`.
+bool moves_vectors(const TensorView& tensor, const Config& config);
+
+// T is the host's type of x's elements: float, Half or BFloat16.
+template <class T>
+void forward(const ForwardParams& params, const Plan& plan);
+template <class T>
+void backward(const BackwardParams& params, const Plan& plan);
+template <class T>
+void update(const UpdateParams& params);
+template <class T>
+void varlen_states(const VarlenStatesParams& params);
+
+}  // namespace cuda
+}  // namespace mamba_native::causal_conv1d

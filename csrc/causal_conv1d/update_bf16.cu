@@ -1,0 +1,8 @@
+#include "causal_conv1d/update.cuh"
+
+namespace mamba_native::causal_conv1d::cuda {
+
+template void update<BFloat16>(const UpdateParams&);
+template void varlen_states<BFloat16>(const VarlenStatesParams&);
+
+}  // namespace mamba_native::causal_conv1d::cuda

@@ -1,0 +1,350 @@
+// LayerNorm and RMSNorm with residual addition on CUDA, backward.
+//
+//   xhat = (h - mean) rstd,  c1 = mean(xhat w dy),  c2 = mean(w dy)  (RMSNorm: mean = c2 = 0)
+//   dh   = (w dy - xhat c1 - c2) rstd + dresidual_out;  dx = dresidual = dh
+//   dweight = sum over rows of dy xhat,  dbias = sum over rows of dy
+//
+// Memory bandwidth decides again; what is new is a sum over rows for every column:
+//
+//   grid.x   a few blocks for each multiprocessor, which walk over the rows
+//   block    (threads of a row, rows side by side); a thread keeps the same columns in all rows, so
+//            its share of dweight and dbias stays in registers
+//
+// The next row's loads are under way while the current one is summed, because few blocks have few
+// other warps to hide them behind. At the end each block adds up its rows side by side and writes
+// one row of partial sums to the workspace; sum_workspace() adds those in a fixed order.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "layer_norm/rows.cuh"
+
+namespace mamba_native::layer_norm::cuda {
+
+struct Backward {
+  Rows dy;             // (M, N) T
+  Rows dresidual_out;  // (M, N), optional
+  Rows h;              // (M, N)
+  Rows weight;         // (N)
+  Rows dx;             // (M, N) T
+  Rows dresidual;      // (M, N), optional
+  const float* mean;   // (M), null for RMS
+  const float* rstd;   // (M)
+  float* workspace;    // (gridDim.x, 2, N)
+  std::int64_t rows;
+  int features;
+  bool is_rms_norm;
+};
+
+// What one thread reads of a row.
+template <int VECTORS>
+struct Loaded {
+  Vector dy[VECTORS];
+  Vector h[VECTORS];
+  Vector dresidual_out[VECTORS];
+  float mean = 0.0f;
+  float rstd = 0.0f;
+};
+
+__device__ __forceinline__ int column_of(int v) {
+  return static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
+}
+
+template <class T, int VECTORS>
+__device__ __forceinline__ void load_row(const Backward& p, std::int64_t row, Loaded<VECTORS>& to) {
+  const int features = row < p.rows ? p.features : 0;
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    to.h[v] = load_vector<true>(p.h, p.h.dtype, row, column_of(v), features);
+  }
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    to.dy[v] = load_vector<true>(p.dy, kDTypeOf<T>, row, column_of(v), features);
+  }
+  if (p.dresidual_out.data != nullptr) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      to.dresidual_out[v] =
+          load_vector<true>(p.dresidual_out, p.dresidual_out.dtype, row, column_of(v), features);
+    }
+  }
+  if (features > 0) {
+    to.rstd = p.rstd[row];
+    if (!p.is_rms_norm) {
+      to.mean = p.mean[row];
+    }
+  }
+}
+
+// One vector of xhat and dy. Columns from `features` on read as dy = 0 and add nothing to any sum,
+// whatever their xhat.
+template <class T>
+__device__ __forceinline__ void normalise(const Backward& p, const Vector& h, const Vector& dy,
+                                          float mean, float rstd, float (&xhat)[kVector],
+                                          float (&g)[kVector]) {
+  to_floats(h, p.h.dtype, xhat);
+  to_floats(dy, kDTypeOf<T>, g);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    xhat[i] = (xhat[i] - mean) * rstd;
+  }
+}
+
+// dh from xhat, w dy and the two means of its row; stores dx and dresidual.
+template <class T, bool WHOLE>
+__device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t row, int column,
+                                               const float (&xhat)[kVector],
+                                               const float (&wdy)[kVector], float c1, float c2,
+                                               float rstd, const Vector& dresidual_out) {
+  float dh[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    dh[i] = (wdy[i] - xhat[i] * c1 - c2) * rstd;
+  }
+  if (p.dresidual_out.data != nullptr) {
+    float more[kVector];
+    to_floats(dresidual_out, p.dresidual_out.dtype, more);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      dh[i] += more[i];
+    }
+  }
+  store_vector<WHOLE>(p.dx, kDTypeOf<T>, row, column, p.features, dh);
+  if (p.dresidual.data != nullptr) {
+    store_vector<WHOLE>(p.dresidual, p.dresidual.dtype, row, column, p.features, dh);
+  }
+}
+
+// Everything moves as vectors. Shared memory: kVector * VECTORS * 2 floats for each thread of one
+// row, when rows lie side by side.
+template <class T, int VECTORS, int THREADS>
+__global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
+  // Beyond two vectors a thread there are no registers for a second row.
+  constexpr bool kAhead = VECTORS <= 2;
+  __shared__ float slots[RowSum<2>::kSlots];
+  extern __shared__ float shared_sums[];
+  RowSum<2> row_sum(slots);
+
+  float dweight[VECTORS][kVector] = {};
+  float dbias[VECTORS][kVector] = {};
+  const std::int64_t step = std::int64_t{gridDim.x} * blockDim.y;
+  std::int64_t first = std::int64_t{blockIdx.x} * blockDim.y;
+  Loaded<VECTORS> loaded;
+  if (kAhead) {
+    load_row<T>(p, first + threadIdx.y, loaded);
+  }
+  for (; first < p.rows; first += step) {
+    const std::int64_t row = first + threadIdx.y;  // may lie beyond the end; then dy = 0
+    if (!kAhead) {
+      load_row<T>(p, row, loaded);
+    }
+
+    // 1. What this thread's columns add to the row's two sums and to the columns' sums. The weight
+    // stays in the L1 cache.
+    const float rstd = loaded.rstd;
+    float xhat[VECTORS][kVector];
+    float wdy[VECTORS][kVector];
+    Vector dresidual_out[VECTORS];
+    float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      float weight[kVector];
+      float dy[kVector];
+      to_floats(load_vector<true>(p.weight, p.weight.dtype, 0, column_of(v), p.features),
+                p.weight.dtype, weight);
+      normalise<T>(p, loaded.h[v], loaded.dy[v], loaded.mean, rstd, xhat[v], dy);
+      dresidual_out[v] = loaded.dresidual_out[v];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        wdy[v][i] = weight[i] * dy[i];
+        sums[0] = fmaf(xhat[v][i], wdy[v][i], sums[0]);
+        sums[1] += wdy[v][i];
+        dweight[v][i] = fmaf(dy[i], xhat[v][i], dweight[v][i]);
+        dbias[v][i] += dy[i];
+      }
+    }
+
+    // 2. The next row's loads, then this row's sums.
+    if (kAhead) {
+      load_row<T>(p, row + step, loaded);
+    }
+    row_sum(sums);
+    const float c1 = sums[0] / static_cast<float>(p.features);
+    const float c2 = p.is_rms_norm ? 0.0f : sums[1] / static_cast<float>(p.features);
+
+    // 3. Its gradient.
+    if (row < p.rows) {
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        store_gradient<T, true>(p, row, column_of(v), xhat[v], wdy[v], c1, c2, rstd,
+                                dresidual_out[v]);
+      }
+    }
+  }
+
+  // 4. Rows side by side add up one after the other; the last writes the block's row of partial
+  // sums.
+  for (unsigned turn = 0; turn < blockDim.y; ++turn) {
+    if (threadIdx.y == turn) {
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const int slot = static_cast<int>((v * kVector + i) * blockDim.x + threadIdx.x);
+          const int other = slot + static_cast<int>(VECTORS * kVector * blockDim.x);
+          if (turn > 0) {
+            dweight[v][i] += shared_sums[slot];
+            dbias[v][i] += shared_sums[other];
+          }
+          if (turn + 1 < blockDim.y) {
+            shared_sums[slot] = dweight[v][i];
+            shared_sums[other] = dbias[v][i];
+          } else if (column_of(v) < p.features) {
+            float* const out = p.workspace + std::int64_t{blockIdx.x} * 2 * p.features;
+            out[column_of(v) + i] = dweight[v][i];
+            out[p.features + column_of(v) + i] = dbias[v][i];
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Rows of any width, strides and alignment, first half: a block walks each row twice and writes dh.
+template <class T, int THREADS>
+__global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p) {
+  __shared__ float slots[RowSum<2>::kSlots];
+  RowSum<2> row_sum(slots);
+  const int step = static_cast<int>(blockDim.x) * kVector;
+  for (std::int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const float mean = p.is_rms_norm ? 0.0f : p.mean[row];
+    const float rstd = p.rstd[row];
+    float c1 = 0.0f;
+    float c2 = 0.0f;
+    for (int pass = 0; pass < 2; ++pass) {
+      float sums[2] = {0.0f, 0.0f};
+      for (int column = static_cast<int>(threadIdx.x) * kVector; column < p.features;
+           column += step) {
+        const Vector h = load_vector<false>(p.h, p.h.dtype, row, column, p.features);
+        const Vector dy = load_vector<false>(p.dy, kDTypeOf<T>, row, column, p.features);
+        const Vector weight = load_vector<false>(p.weight, p.weight.dtype, 0, column, p.features);
+        Vector dresidual_out;
+        if (pass == 1 && p.dresidual_out.data != nullptr) {
+          dresidual_out =
+              load_vector<false>(p.dresidual_out, p.dresidual_out.dtype, row, column, p.features);
+        }
+        float xhat[kVector];
+        float wdy[kVector];
+        float w[kVector];
+        normalise<T>(p, h, dy, mean, rstd, xhat, wdy);
+        to_floats(weight, p.weight.dtype, w);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          wdy[i] *= w[i];
+          sums[0] = fmaf(xhat[i], wdy[i], sums[0]);
+          sums[1] += wdy[i];
+        }
+        if (pass == 1) {
+          store_gradient<T, false>(p, row, column, xhat, wdy, c1, c2, rstd, dresidual_out);
+        }
+      }
+      if (pass == 0) {
+        row_sum(sums);
+        c1 = sums[0] / static_cast<float>(p.features);
+        c2 = p.is_rms_norm ? 0.0f : sums[1] / static_cast<float>(p.features);
+      }
+    }
+  }
+}
+
+// Second half: grid (blocks of columns, rows of the workspace); a thread owns kVector columns of
+// every gridDim.y-th row.
+template <class T, int THREADS>
+__global__ void __launch_bounds__(THREADS) backward_kernel_columns(const Backward p) {
+  const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * kVector;
+  if (column >= p.features) {
+    return;
+  }
+  float dweight[kVector] = {};
+  float dbias[kVector] = {};
+  for (std::int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
+    const Vector h = load_vector<false>(p.h, p.h.dtype, row, column, p.features);
+    const Vector dy = load_vector<false>(p.dy, kDTypeOf<T>, row, column, p.features);
+    float xhat[kVector];
+    float g[kVector];
+    normalise<T>(p, h, dy, p.is_rms_norm ? 0.0f : p.mean[row], p.rstd[row], xhat, g);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      dweight[i] = fmaf(g[i], xhat[i], dweight[i]);
+      dbias[i] += g[i];
+    }
+  }
+  float* const out = p.workspace + std::int64_t{blockIdx.y} * 2 * p.features;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (column + i < p.features) {
+      out[column + i] = dweight[i];
+      out[p.features + column + i] = dbias[i];
+    }
+  }
+}
+
+template <class T, std::size_t I>
+void launch_backward(const Backward& p, const BackwardPlan& plan, cudaStream_t stream) {
+  constexpr Config kConfig = kBackwardConfigs[I];
+  const unsigned blocks = static_cast<unsigned>(plan.blocks);
+  if constexpr (kConfig.vectors == 0) {
+    // No workspace bounds the first half, so it may have as many blocks as rows.
+    const unsigned rows = static_cast<unsigned>(std::min<std::int64_t>(p.rows, 0x7fffffff));
+    const unsigned threads = static_cast<unsigned>(plan.threads);
+    backward_kernel_any<T, kConfig.threads><<<rows, threads, 0, stream>>>(p);
+    MAMBA_CUDA_CHECK_LAUNCH();
+    const dim3 grid(
+        static_cast<unsigned>(ceil_div(p.features, std::int64_t{kVector} * plan.threads)), blocks);
+    backward_kernel_columns<T, kConfig.threads><<<grid, threads, 0, stream>>>(p);
+  } else {
+    const dim3 block(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows));
+    const std::size_t shared =
+        plan.rows > 1 ? sizeof(float) * 2 * kVector * kConfig.vectors * block.x : 0;
+    backward_kernel<T, kConfig.vectors, kConfig.threads><<<blocks, block, shared, stream>>>(p);
+  }
+  MAMBA_CUDA_CHECK_LAUNCH();
+}
+
+using BackwardLauncher = void (*)(const Backward&, const BackwardPlan&, cudaStream_t);
+
+template <class T, std::size_t... I>
+constexpr std::array<BackwardLauncher, sizeof...(I)> backward_launchers(std::index_sequence<I...>) {
+  return {{&launch_backward<T, I>...}};
+}
+
+template <class T>
+void backward(const BackwardParams& params, const BackwardPlan& plan) {
+  MAMBA_CHECK(params.h.size[1] <= kMaxFeatures, "layer_norm_backward: at most ", kMaxFeatures,
+              " features on CUDA, got ", params.h.size[1]);
+  if (params.h.size[0] > 0) {
+    Backward p;
+    p.dy = rows_of(params.dy);
+    p.dresidual_out = rows_of(params.dresidual_out);
+    p.h = rows_of(params.h);
+    p.weight = rows_of(params.weight);
+    p.dx = rows_of(params.dx);
+    p.dresidual = rows_of(params.dresidual);
+    p.mean = params.mean.as<const float>();
+    p.rstd = params.rstd.as<const float>();
+    p.workspace = params.workspace.as<float>();
+    p.rows = params.h.size[0];
+    p.features = static_cast<int>(params.h.size[1]);
+    p.is_rms_norm = params.is_rms_norm;
+    static constexpr std::array<BackwardLauncher, kBackwardCount> kTable =
+        backward_launchers<T>(std::make_index_sequence<kBackwardCount>());
+    kTable[static_cast<std::size_t>(plan.config)](p, plan,
+                                                  static_cast<cudaStream_t>(params.stream));
+  }
+  sum_workspace(params, plan.blocks);
+}
+
+}  // namespace mamba_native::layer_norm::cuda

@@ -1,0 +1,87 @@
+#include "layer_norm/cpu.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core/math.h"
+#include "core/parallel_for.h"
+#include "layer_norm/reference.h"
+
+namespace mamba_native::layer_norm::cpu {
+namespace {
+
+const Kernels* kernels_of(Isa isa) {
+  switch (isa) {
+    case Isa::plain:
+      return nullptr;
+    case Isa::sse2:
+      return &kSse2Kernels;
+    case Isa::avx2:
+      return &kAvx2Kernels;
+    case Isa::avx512:
+      return &kAvx512Kernels;
+  }
+  return nullptr;
+}
+
+// Rows that are worth a thread.
+std::int64_t grain_of(std::int64_t features) { return ceil_div(std::int64_t{1} << 15, features); }
+
+}  // namespace
+
+std::int64_t blocks(std::int64_t rows) {
+  constexpr std::int64_t kRows = 16;
+  constexpr std::int64_t kMost = 64;
+  return std::min(kMost, ceil_div(rows, kRows));
+}
+
+void forward(const ForwardParams& params, Isa isa) {
+  const Kernels* const kernels = kernels_of(isa);
+  if (kernels == nullptr) {
+    reference::forward<float, double>(params);
+    return;
+  }
+  const std::int64_t features = params.x.size[1];
+  parallel_for(params.x.size[0], grain_of(features), [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> scratch(static_cast<std::size_t>(kForwardArrays * padded(features)));
+    kernels->forward(params, begin, end, scratch.data());
+  });
+}
+
+void backward(const BackwardParams& params, Isa isa) {
+  const Kernels* const kernels = kernels_of(isa);
+  if (kernels == nullptr) {
+    reference::backward<float, double>(params);
+    return;
+  }
+  const std::int64_t rows = params.h.size[0];
+  const std::int64_t features = params.h.size[1];
+  const std::int64_t count = params.workspace.size[0];
+  const std::int64_t rows_of_block = ceil_div(rows, std::max<std::int64_t>(1, count));
+  float* const workspace = params.workspace.as<float>();
+  const std::int64_t grain = ceil_div(grain_of(features), std::max<std::int64_t>(1, rows_of_block));
+  parallel_for(count, grain, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> scratch(static_cast<std::size_t>(kBackwardArrays * padded(features)));
+    for (std::int64_t block = begin; block < end; ++block) {
+      std::fill(scratch.begin(), scratch.end(), 0.0f);
+      kernels->backward(params, std::min(rows, block * rows_of_block),
+                        std::min(rows, (block + 1) * rows_of_block), scratch.data(),
+                        workspace + block * 2 * features);
+    }
+  });
+  for (const TensorView* sum : {&params.dweight, &params.dbias}) {
+    if (!sum->present()) {
+      continue;
+    }
+    float* const to = sum->as<float>();
+    std::fill_n(to, features, 0.0f);
+    for (std::int64_t block = 0; block < count; ++block) {
+      const float* const from = workspace + (2 * block + (sum == &params.dbias ? 1 : 0)) * features;
+      for (std::int64_t n = 0; n < features; ++n) {
+        to[n] += from[n];
+      }
+    }
+  }
+}
+
+}  // namespace mamba_native::layer_norm::cpu

@@ -1,0 +1,795 @@
+// LayerNorm and RMSNorm on every device and instruction set, against the oracle; the oracle itself
+// against numbers worked out by hand and against finite differences.
+#include "layer_norm/layer_norm.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstddef>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/cpu/isa.h"
+#include "core/error.h"
+#include "core/parallel_for.h"
+#include "layer_norm/cpu.h"
+#include "layer_norm/plan.h"
+#include "layer_norm/reference.h"
+#include "support/compare.h"
+#include "support/device_memory.h"
+#include "support/tensor.h"
+
+namespace mamba_native::layer_norm {
+namespace {
+
+using test::Shape;
+using test::Tensor;
+using Isa = mamba_native::cpu::Isa;
+
+// ---- what is computed, and by whom ----
+
+struct Case {
+  std::string name;
+  std::int64_t rows = 37;
+  std::int64_t features = 256;
+  bool rms = true;
+  bool bias = false;
+  bool residual = true;
+  bool residual_f32 = true;     // else in x's dtype
+  bool stores_residual = true;  // residual_out
+  bool weight_alike = false;    // weight and bias in x's dtype, not float32
+  bool strided = false;         // rows and features farther apart
+  bool misaligned = false;      // from an odd element on
+  bool expanded_dy = false;     // as y.sum().backward() makes it
+  bool expanded_x = false;      // one row for all
+  double offset = 0.0;          // of x: a mean far from zero
+  double eps = 1e-5;
+};
+
+Case with(const std::string& name, const std::function<void(Case&)>& change) {
+  Case row;
+  row.name = name;
+  change(row);
+  return row;
+}
+
+// The base row, then rows that change one thing.
+std::vector<Case> star() {
+  std::vector<Case> rows = {
+      with("base", [](Case&) {}),
+      with("layer_norm",
+           [](Case& c) {
+             c.rms = false;
+             c.bias = true;
+           }),
+      with("layer_norm_without_bias", [](Case& c) { c.rms = false; }),
+      with("rms_with_bias", [](Case& c) { c.bias = true; }),
+      with("no_residual", [](Case& c) { c.residual = c.stores_residual = false; }),
+      with("no_residual_but_stored", [](Case& c) { c.residual = false; }),
+      with("residual_alike", [](Case& c) { c.residual_f32 = false; }),
+      with("residual_not_stored", [](Case& c) { c.stores_residual = false; }),
+      with("weight_alike",
+           [](Case& c) {
+             c.weight_alike = true;
+             c.bias = true;
+           }),
+      with("one_row", [](Case& c) { c.rows = 1; }),
+      with("rows_1000", [](Case& c) { c.rows = 1000; }),
+      with("strided", [](Case& c) { c.strided = true; }),
+      with("misaligned", [](Case& c) { c.misaligned = true; }),
+      with("expanded_dy", [](Case& c) { c.expanded_dy = true; }),
+      with("expanded_x", [](Case& c) { c.expanded_x = true; }),
+      with("far_mean",
+           [](Case& c) {
+             c.rms = false;
+             c.offset = 5.0;
+             c.residual = false;
+           }),
+      with("layer_norm_strided",
+           [](Case& c) {
+             c.rms = false;
+             c.bias = true;
+             c.strided = true;
+           }),
+  };
+  for (const std::int64_t features :
+       {1, 2, 3, 8, 31, 64, 100, 128, 132, 512, 768, 1000, 2560, 3001, 5120, 8192, 16384, 20000}) {
+    for (const bool rms : {true, false}) {
+      rows.push_back(
+          with((rms ? "rms_features_" : "layer_norm_features_") + std::to_string(features),
+               [&](Case& c) {
+                 c.features = features;
+                 c.rms = rms;
+                 c.bias = !rms;
+                 c.rows = features > 1000 ? 5 : features < 4 ? 300 : 19;
+                 // Few values lie close together now and then, and their rstd magnifies rounding.
+                 c.eps = features < 4 ? 0.5 : 1e-5;
+               }));
+    }
+  }
+  return rows;
+}
+
+Shape matrix(const Case& c, bool expanded = false) {
+  if (expanded) {
+    return {{c.rows, c.features}, {0, c.expanded_dy ? 0 : 1}};
+  }
+  if (c.strided) {
+    return {{c.rows, c.features}, {3 * c.features + 5, 3}, 2};
+  }
+  return {{c.rows, c.features}, {}, c.misaligned ? 1 : 0};
+}
+
+struct Problem {
+  Case c;
+  DType dtype = DType::f32;  // of x
+  Tensor x, weight, bias, residual, dy, dresidual_out;
+
+  DType residual_dtype() const {
+    return dtype == DType::f64 ? DType::f64 : c.residual_f32 ? DType::f32 : dtype;
+  }
+  DType sum_dtype() const { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+  // A copy, in float64 or as it is.
+  Problem to(bool exact, Device device) const {
+    const auto copy = [&](const Tensor& tensor) {
+      return tensor.to(exact ? DType::f64 : tensor.dtype(), device);
+    };
+    return {c,        exact ? DType::f64 : dtype, copy(x), copy(weight), copy(bias), copy(residual),
+            copy(dy), copy(dresidual_out)};
+  }
+};
+
+Problem make(const Case& c, DType dtype, unsigned seed = 1) {
+  std::mt19937 random(seed);
+  const auto uniform = [&](DType type, const Shape& shape, double low, double high) {
+    return Tensor::uniform(random, type, test::kCpu, shape, low, high);
+  };
+  const DType parameter = c.weight_alike ? dtype : DType::f32;
+  Problem p;
+  p.c = c;
+  p.dtype = dtype;
+  p.x = uniform(dtype, matrix(c, c.expanded_x), c.offset - 2, c.offset + 2);
+  p.weight = uniform(parameter, {{c.features}, {c.strided ? 2 : 1}}, -1, 1);
+  p.dy = uniform(dtype, matrix(c, c.expanded_dy), -1, 1);
+  if (c.bias) {
+    p.bias = uniform(parameter, {{c.features}}, -1, 1);
+  }
+  if (c.residual) {
+    p.residual = uniform(p.residual_dtype(), matrix(c), -1, 1);
+  }
+  if (c.stores_residual) {
+    p.dresidual_out = uniform(p.residual_dtype(), matrix(c), -1, 1);
+  }
+  return p;
+}
+
+struct Forward {
+  Tensor y, residual_out, mean, rstd;
+};
+
+struct Backward {
+  Tensor dx, dresidual, dweight, dbias;
+};
+
+using RunForward = std::function<void(const ForwardParams&)>;
+using RunBackward = std::function<void(const BackwardParams&)>;
+
+ForwardParams params_of(const Problem& p, const Forward& result) {
+  ForwardParams params;
+  params.x = p.x.view();
+  params.weight = p.weight.view();
+  params.bias = p.bias.view();
+  params.residual = p.residual.view();
+  params.eps = p.c.eps;
+  params.is_rms_norm = p.c.rms;
+  params.y = result.y.view();
+  params.residual_out = result.residual_out.view();
+  params.mean = result.mean.view();
+  params.rstd = result.rstd.view();
+  return params;
+}
+
+Forward outputs_of(const Problem& p, Device device) {
+  const DType sum = p.sum_dtype();
+  return {Tensor(p.dtype, device, matrix(p.c)),
+          p.c.stores_residual ? Tensor(p.residual_dtype(), device, matrix(p.c)) : Tensor(),
+          p.c.rms ? Tensor() : Tensor(sum, device, {{p.c.rows}}),
+          Tensor(sum, device, {{p.c.rows}})};
+}
+
+Forward run_forward(const Problem& p, Device device, const RunForward& run) {
+  const Forward result = outputs_of(p, device);
+  run(params_of(p, result));
+  return result;
+}
+
+struct Gradient {
+  Backward result;
+  Tensor workspace;
+  BackwardParams params;
+};
+
+// `saved`: what forward left. Without residual_out the normalised sum is x.
+Gradient gradient_of(const Problem& p, const Forward& saved, Device device) {
+  const DType sum = p.sum_dtype();
+  const Tensor& h = saved.residual_out.present() ? saved.residual_out : p.x;
+  Gradient g;
+  g.result.dx = Tensor(p.dtype, device, matrix(p.c));
+  g.result.dresidual = h.dtype() != p.dtype ? Tensor(h.dtype(), device, matrix(p.c)) : Tensor();
+  g.result.dweight = Tensor(sum, device, {{p.c.features}});
+  g.result.dbias = p.c.bias ? Tensor(sum, device, {{p.c.features}}) : Tensor();
+  g.workspace = Tensor(DType::f32, device, {{workspace_rows(p.c.rows, device), 2, p.c.features}});
+  g.params.dy = p.dy.view();
+  g.params.dresidual_out = saved.residual_out.present() ? p.dresidual_out.view() : TensorView();
+  g.params.h = h.view();
+  g.params.weight = p.weight.view();
+  g.params.mean = saved.mean.view();
+  g.params.rstd = saved.rstd.view();
+  g.params.is_rms_norm = p.c.rms;
+  g.params.dx = g.result.dx.view();
+  g.params.dresidual = g.result.dresidual.view();
+  g.params.dweight = g.result.dweight.view();
+  g.params.dbias = g.result.dbias.view();
+  g.params.workspace = g.workspace.view();
+  return g;
+}
+
+Backward run_backward(const Problem& p, const Forward& saved, Device device,
+                      const RunBackward& run) {
+  const Gradient g = gradient_of(p, saved, device);
+  run(g.params);
+  return g.result;
+}
+
+// What forward left, in float64: the truth of backward is the gradient at what it is given.
+Forward exact(const Forward& saved) {
+  const auto copy = [](const Tensor& tensor) { return tensor.to(DType::f64, test::kCpu); };
+  return {copy(saved.y), copy(saved.residual_out), copy(saved.mean), copy(saved.rstd)};
+}
+
+struct Output {
+  const char* name;
+  const Tensor& got;
+  const Tensor& truth;
+  const Tensor& yardstick;
+};
+
+bool close(const char* op, DType dtype, const std::vector<Output>& outputs, double slack,
+           bool expect) {
+  bool all = true;
+  for (const Output& output : outputs) {
+    if (!output.truth.present() || !output.yardstick.present()) {
+      continue;
+    }
+    const testing::AssertionResult result =
+        test::is_close(op, dtype, output.name, output.got.dtype(), output.got.values(),
+                       output.truth.values(), output.yardstick.values(), slack);
+    if (expect) {
+      EXPECT_TRUE(result);
+    }
+    all = all && result;
+  }
+  return all;
+}
+
+bool forward_close(const Problem& p, const Forward& got, bool expect) {
+  const Forward truth =
+      run_forward(p.to(true, test::kCpu), test::kCpu, &reference::forward<double>);
+  const Forward yard = run_forward(p, test::kCpu, &reference::forward<float>);
+  bool all = close("layer_norm_forward", p.dtype,
+                   {{"y", got.y, truth.y, yard.y},
+                    {"residual_out", got.residual_out, truth.residual_out, yard.residual_out},
+                    {"rstd", got.rstd, truth.rstd, yard.rstd}},
+                   test::kForwardSlack, expect);
+  if (truth.mean.present() && got.mean.present()) {
+    // An error of the mean counts beside the standard deviation: a mean of nearly zero has no
+    // digits.
+    const std::vector<double> rstd = truth.rstd.values();
+    const auto scaled = [&](const Tensor& mean) {
+      std::vector<double> values = mean.values();
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        values[i] = values[i] * rstd[i] + 1;
+      }
+      return values;
+    };
+    const testing::AssertionResult result =
+        test::is_close("layer_norm_forward", p.dtype, "mean", got.mean.dtype(), scaled(got.mean),
+                       scaled(truth.mean), scaled(yard.mean), test::kForwardSlack);
+    if (expect) {
+      EXPECT_TRUE(result);
+    }
+    all = all && result;
+  }
+  return all;
+}
+
+// `saved`, on the CPU, is what both sides' backward was given.
+bool backward_close(const Problem& p, const Forward& saved, const Backward& got, bool expect) {
+  const Backward truth =
+      run_backward(p.to(true, test::kCpu), exact(saved), test::kCpu, &reference::backward<double>);
+  const Backward yard = run_backward(p, saved, test::kCpu, &reference::backward<float>);
+  // In float64 one gradient serves x and residual.
+  return close("layer_norm_backward", p.dtype,
+               {{"dx", got.dx, truth.dx, yard.dx},
+                {"dresidual", got.dresidual, truth.dx, yard.dresidual},
+                {"dweight", got.dweight, truth.dweight, yard.dweight},
+                {"dbias", got.dbias, truth.dbias, yard.dbias}},
+               test::kGradientSlack, expect);
+}
+
+Forward saved_on(const Problem& p, Device device) {
+  const Forward saved = run_forward(p, test::kCpu, &reference::forward<float>);
+  const auto copy = [&](const Tensor& tensor) { return tensor.to(tensor.dtype(), device); };
+  return {copy(saved.y), copy(saved.residual_out), copy(saved.mean), copy(saved.rstd)};
+}
+
+// ---- every implementation on every row ----
+
+struct Target {
+  const char* name;
+  Device device;
+  Isa isa;
+};
+
+const Target kTargets[] = {{"plain", test::kCpu, Isa::plain},
+                           {"sse2", test::kCpu, Isa::sse2},
+                           {"avx2", test::kCpu, Isa::avx2},
+                           {"avx512", test::kCpu, Isa::avx512},
+                           {"cuda", test::kCuda, Isa::plain}};
+
+// Why a target cannot run here; empty if it can.
+std::string unavailable(const Target& target) {
+  if (target.device.is_cuda()) {
+    return test::cuda_unavailable();
+  }
+  return target.isa <= mamba_native::cpu::highest_isa() ? "" : "this processor lacks it";
+}
+
+std::string dtype_unavailable(DType dtype) {
+  const bool built = dtype == DType::f16    ? MAMBA_WITH_F16
+                     : dtype == DType::bf16 ? MAMBA_WITH_BF16
+                                            : true;
+  return built ? "" : "built without " + std::string(name(dtype));
+}
+
+RunForward forward_on(const Target& target) {
+  if (target.device.is_cuda()) {
+    return static_cast<void (*)(const ForwardParams&)>(&forward);
+  }
+  const Isa isa = target.isa;
+  return [isa](const ForwardParams& params) { cpu::forward(params, isa); };
+}
+
+RunBackward backward_on(const Target& target) {
+  if (target.device.is_cuda()) {
+    return static_cast<void (*)(const BackwardParams&)>(&backward);
+  }
+  const Isa isa = target.isa;
+  return [isa](const BackwardParams& params) { cpu::backward(params, isa); };
+}
+
+struct Row {
+  Target target;
+  DType dtype;
+  Case problem;
+};
+
+std::vector<Row> rows() {
+  std::vector<Row> all;
+  for (const Target& target : kTargets) {
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+      for (const Case& problem : star()) {
+        all.push_back({target, dtype, problem});
+      }
+    }
+  }
+  return all;
+}
+
+std::string row_name(const testing::TestParamInfo<Row>& info) {
+  const DType dtype = info.param.dtype;
+  return std::string(info.param.target.name) +
+         (dtype == DType::f32   ? "_f32_"
+          : dtype == DType::f16 ? "_f16_"
+                                : "_bf16_") +
+         info.param.problem.name;
+}
+
+class LayerNorm : public testing::TestWithParam<Row> {
+ protected:
+  void SetUp() override {
+    for (const std::string& reason :
+         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype)}) {
+      if (!reason.empty()) {
+        GTEST_SKIP() << reason;
+      }
+    }
+  }
+};
+
+TEST_P(LayerNorm, ForwardMatchesTheOracle) {
+  const auto& [target, dtype, problem] = GetParam();
+  const Problem p = make(problem, dtype);
+  forward_close(p, run_forward(p.to(false, target.device), target.device, forward_on(target)),
+                true);
+}
+
+TEST_P(LayerNorm, BackwardMatchesTheOracle) {
+  const auto& [target, dtype, problem] = GetParam();
+  const Problem p = make(problem, dtype);
+  const Backward got = run_backward(p.to(false, target.device), saved_on(p, target.device),
+                                    target.device, backward_on(target));
+  backward_close(p, saved_on(p, test::kCpu), got, true);
+}
+
+INSTANTIATE_TEST_SUITE_P(Star, LayerNorm, testing::ValuesIn(rows()), row_name);
+
+class LayerNormTarget : public testing::TestWithParam<Target> {
+ protected:
+  void SetUp() override {
+    const std::string reason = unavailable(GetParam());
+    if (!reason.empty()) {
+      GTEST_SKIP() << reason;
+    }
+  }
+};
+
+std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
+
+// An implementation that forgot a term must not pass: each is dropped here in turn, on its side
+// only.
+TEST_P(LayerNormTarget, NoticesADroppedTerm) {
+  const Target& target = GetParam();
+  const Problem p = make(with("mutation",
+                              [](Case& c) {
+                                c.rms = false;
+                                c.bias = true;
+                                c.offset = 0.5;
+                              }),
+                         DType::f32);
+  const Problem there = p.to(false, target.device);
+  const std::function<void(ForwardParams&)> forward_mutations[] = {
+      [](ForwardParams& f) { f.bias = TensorView(); },
+      [](ForwardParams& f) { f.residual = TensorView(); },
+      [](ForwardParams& f) { f.weight = f.bias; },
+      [](ForwardParams& f) { f.eps = 0.1; },
+      [](ForwardParams& f) {
+        f.is_rms_norm = true;
+        f.mean = TensorView();
+      },
+  };
+  for (std::size_t i = 0; i < std::size(forward_mutations); ++i) {
+    const Forward got = run_forward(there, target.device, [&](const ForwardParams& params) {
+      ForwardParams changed = params;
+      forward_mutations[i](changed);
+      forward_on(target)(changed);
+    });
+    EXPECT_FALSE(forward_close(p, got, false)) << "forward mutation " << i;
+  }
+  const std::function<void(BackwardParams&)> backward_mutations[] = {
+      [](BackwardParams& b) { b.dresidual_out = TensorView(); },
+      [](BackwardParams& b) { b.weight = b.rstd; },
+      [](BackwardParams& b) { b.dy = b.h; },
+      [](BackwardParams& b) {
+        b.is_rms_norm = true;
+        b.mean = TensorView();
+      },
+  };
+  for (std::size_t i = 0; i < std::size(backward_mutations); ++i) {
+    const Backward got = run_backward(there, saved_on(p, target.device), target.device,
+                                      [&](const BackwardParams& params) {
+                                        BackwardParams changed = params;
+                                        backward_mutations[i](changed);
+                                        changed.weight.size[0] = params.weight.size[0];
+                                        changed.weight.stride[0] = i == 1 ? 0 : 1;
+                                        backward_on(target)(changed);
+                                      });
+    EXPECT_FALSE(backward_close(p, saved_on(p, test::kCpu), got, false))
+        << "backward mutation " << i;
+  }
+}
+
+TEST_P(LayerNormTarget, EmptyRowsGiveZeroGradients) {
+  const Target& target = GetParam();
+  const Problem p = make(with("empty",
+                              [](Case& c) {
+                                c.rows = 0;
+                                c.rms = false;
+                                c.bias = true;
+                              }),
+                         DType::f32)
+                        .to(false, target.device);
+  const Forward result = run_forward(p, target.device, &forward);
+  EXPECT_TRUE(result.y.values().empty());
+  const Backward gradients = run_backward(p, result, target.device, &backward);
+  EXPECT_EQ(gradients.dweight.values(), std::vector<double>(256, 0.0));
+  EXPECT_EQ(gradients.dbias.values(), std::vector<double>(256, 0.0));
+}
+
+TEST_P(LayerNormTarget, GradientsAreTheSameInEveryRun) {
+  const Target& target = GetParam();
+  const Problem p = make(with("repeat", [](Case& c) { c.rows = 777; }), DType::f32);
+  const Problem there = p.to(false, target.device);
+  const Forward saved = saved_on(p, target.device);
+  const Backward once = run_backward(there, saved, target.device, backward_on(target));
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    set_num_threads(repeat + 1);
+    const Backward again = run_backward(there, saved, target.device, backward_on(target));
+    EXPECT_EQ(again.dweight.bytes(), once.dweight.bytes());
+    EXPECT_EQ(again.dx.bytes(), once.dx.bytes());
+  }
+  set_num_threads(0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, LayerNormTarget, testing::ValuesIn(kTargets), target_name);
+
+// ---- the oracle ----
+
+Tensor exactly(Shape shape, const std::vector<double>& values) {
+  return Tensor::from_values(DType::f64, test::kCpu, shape, values);
+}
+
+// h = (1, 3, 5, 7): mean 4, variance 5, mean square 21.
+TEST(LayerNormOracle, ForwardByHand) {
+  Problem p;
+  p.dtype = DType::f64;
+  p.c = with("hand", [](Case& c) {
+    c.rows = 1;
+    c.features = 4;
+    c.rms = false;
+    c.bias = true;
+  });
+  p.x = exactly({{1, 4}}, {0, 1, 2, 3});
+  p.residual = exactly({{1, 4}}, {1, 2, 3, 4});
+  p.weight = exactly({{4}}, {1, 2, 1, -1});
+  p.bias = exactly({{4}}, {0, 0, 10, 0});
+  const auto eps_zero = [](const ForwardParams& params) {
+    ForwardParams changed = params;
+    changed.eps = 0;
+    forward(changed);
+  };
+  const Forward layer = run_forward(p, test::kCpu, eps_zero);
+  const double root5 = std::sqrt(5.0);
+  const double expected[] = {-3 / root5, -2 / root5, 1 / root5 + 10, -3 / root5};
+  for (std::size_t i = 0; i < 4; ++i) {
+    EXPECT_NEAR(layer.y.values()[i], expected[i], 1e-15);
+  }
+  EXPECT_EQ(layer.residual_out.values(), (std::vector<double>{1, 3, 5, 7}));
+  EXPECT_EQ(layer.mean.values()[0], 4.0);
+  EXPECT_NEAR(layer.rstd.values()[0], 1 / root5, 1e-16);
+
+  p.c.rms = true;
+  p.c.bias = false;
+  p.bias = Tensor();
+  const Forward rms = run_forward(p, test::kCpu, eps_zero);
+  const double root21 = std::sqrt(21.0);
+  const double rms_expected[] = {1 / root21, 6 / root21, 5 / root21, -7 / root21};
+  for (std::size_t i = 0; i < 4; ++i) {
+    EXPECT_NEAR(rms.y.values()[i], rms_expected[i], 1e-15);
+  }
+  EXPECT_NEAR(rms.rstd.values()[0], 1 / root21, 1e-16);
+}
+
+// RMS, N = 2, h = (3, 4), rstd = 1 / sqrt(12.5), w = 1, dy = (1, 0):
+// c1 = 3 rstd / 2, dh = ((1, 0) - h rstd c1) rstd = (1 - 9/25, -12/25) rstd.
+TEST(LayerNormOracle, BackwardByHand) {
+  Problem p;
+  p.dtype = DType::f64;
+  p.c = with("hand", [](Case& c) {
+    c.rows = 1;
+    c.features = 2;
+    c.residual = c.stores_residual = false;
+    c.bias = true;
+  });
+  const double rstd = 1 / std::sqrt(12.5);
+  p.x = exactly({{1, 2}}, {3, 4});
+  p.weight = exactly({{2}}, {1, 1});
+  p.dy = exactly({{1, 2}}, {1, 0});
+  Forward saved;
+  saved.rstd = exactly({{1}}, {rstd});
+  const Backward got = run_backward(p, saved, test::kCpu, &backward);
+  EXPECT_NEAR(got.dx.values()[0], 16.0 / 25 * rstd, 1e-15);
+  EXPECT_NEAR(got.dx.values()[1], -12.0 / 25 * rstd, 1e-15);
+  EXPECT_NEAR(got.dweight.values()[0], 3 * rstd, 1e-15);
+  EXPECT_EQ(got.dweight.values()[1], 0.0);
+  EXPECT_EQ(got.dbias.values(), (std::vector<double>{1, 0}));
+}
+
+// d/dt of sum(dy y) + sum(dresidual_out residual_out) along one element at a time.
+TEST(LayerNormOracle, BackwardMatchesFiniteDifferences) {
+  for (const bool rms : {false, true}) {
+    Problem p = make(with("differences",
+                          [&](Case& c) {
+                            c.rows = 3;
+                            c.features = 7;
+                            c.rms = rms;
+                            c.bias = true;
+                          }),
+                     DType::f32)
+                    .to(true, test::kCpu);
+    const auto loss = [&] {
+      const Forward result = run_forward(p, test::kCpu, &forward);
+      double sum = 0;
+      const std::vector<double> y = result.y.values(), dy = p.dy.values(),
+                                h = result.residual_out.values(), dh = p.dresidual_out.values();
+      for (std::size_t i = 0; i < y.size(); ++i) {
+        sum += y[i] * dy[i] + h[i] * dh[i];
+      }
+      return sum;
+    };
+    const Backward got =
+        run_backward(p, run_forward(p, test::kCpu, &forward), test::kCpu, &backward);
+    const struct {
+      const Tensor& input;
+      const Tensor& gradient;
+    } pairs[] = {{p.x, got.dx}, {p.residual, got.dx}, {p.weight, got.dweight}, {p.bias, got.dbias}};
+    for (const auto& pair : pairs) {
+      const std::vector<double> analytic = pair.gradient.values();
+      for (std::size_t i = 0; i < analytic.size(); ++i) {
+        constexpr double kStep = 1e-5;
+        double& element = pair.input.view().as<double>()[i];
+        const double before = element;
+        element = before + kStep;
+        const double above = loss();
+        element = before - kStep;
+        const double below = loss();
+        element = before;
+        EXPECT_NEAR(analytic[i], (above - below) / (2 * kStep), 1e-8);
+      }
+    }
+  }
+}
+
+// ---- errors ----
+
+std::string error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+TEST(LayerNormErrors, BadForwardNamesTheArgumentAndTouchesNothing) {
+  const Problem p = make(with("errors",
+                              [](Case& c) {
+                                c.rms = false;
+                                c.bias = true;
+                              }),
+                         DType::f32);
+  const struct {
+    const char* message;
+    std::function<void(ForwardParams&)> spoil;
+  } rows[] = {
+      {"x must have shape (rows, features)", [](ForwardParams& f) { f.x.dim = 1; }},
+      {"at least one feature", [](ForwardParams& f) { f.x.size[1] = 0; }},
+      {"x must be", [](ForwardParams& f) { f.x.dtype = DType::i32; }},
+      {"weight must have shape", [](ForwardParams& f) { f.weight.size[0] = 5; }},
+      {"weight must have shape", [](ForwardParams& f) { f.weight = TensorView(); }},
+      {"weight must be on cpu", [](ForwardParams& f) { f.weight.device = test::kCuda; }},
+      {"weight must be float64 exactly", [](ForwardParams& f) { f.weight.dtype = DType::f64; }},
+      {"bias must be float32", [](ForwardParams& f) { f.bias.dtype = DType::f16; }},
+      {"residual must have shape", [](ForwardParams& f) { f.residual.size[0] -= 1; }},
+      {"y must be float32", [](ForwardParams& f) { f.y.dtype = DType::bf16; }},
+      {"y is written", [](ForwardParams& f) { f.y.stride[0] = 0; }},
+      {"residual_out must have shape", [](ForwardParams& f) { f.residual_out.dim = 1; }},
+      {"mean is an output", [](ForwardParams& f) { f.mean = TensorView(); }},
+      {"mean is an output", [](ForwardParams& f) { f.is_rms_norm = true; }},
+      {"mean must be contiguous", [](ForwardParams& f) { f.mean.stride[0] = 2; }},
+      {"rstd must have shape", [](ForwardParams& f) { f.rstd = TensorView(); }},
+      {"rstd must be float32", [](ForwardParams& f) { f.rstd.dtype = DType::bf16; }},
+  };
+  for (const auto& row : rows) {
+    const Forward out = outputs_of(p, test::kCpu);
+    const std::vector<unsigned char> before = out.y.bytes();
+    const std::vector<unsigned char> h_before = out.residual_out.bytes();
+    ForwardParams params = params_of(p, out);
+    row.spoil(params);
+    const std::string message = error_of([&] { forward(params); });
+    EXPECT_NE(message.find(row.message), std::string::npos) << row.message << ": " << message;
+    EXPECT_EQ(out.y.bytes(), before) << row.message;
+    EXPECT_EQ(out.residual_out.bytes(), h_before) << row.message;
+  }
+}
+
+TEST(LayerNormErrors, BadBackwardNamesTheArgumentAndTouchesNothing) {
+  const Problem p = make(with("errors",
+                              [](Case& c) {
+                                c.rms = false;
+                                c.bias = true;
+                              }),
+                         DType::bf16);
+  const Forward saved = saved_on(p, test::kCpu);
+  const struct {
+    const char* message;
+    std::function<void(BackwardParams&)> spoil;
+  } rows[] = {
+      {"h must have shape (rows, features)", [](BackwardParams& b) { b.h.dim = 3; }},
+      {"dy must have shape", [](BackwardParams& b) { b.dy.size[0] += 1; }},
+      {"dresidual_out must be float32",
+       [](BackwardParams& b) { b.dresidual_out.dtype = DType::bf16; }},
+      {"weight must have shape", [](BackwardParams& b) { b.weight.dim = 2; }},
+      {"mean is an input", [](BackwardParams& b) { b.mean = TensorView(); }},
+      {"rstd must have shape", [](BackwardParams& b) { b.rstd.size[0] = 1; }},
+      {"dx must be bfloat16", [](BackwardParams& b) { b.dx.dtype = DType::f32; }},
+      {"dx is written", [](BackwardParams& b) { b.dx.stride[1] = 0; }},
+      {"dresidual must be float32", [](BackwardParams& b) { b.dresidual.dtype = DType::bf16; }},
+      {"dweight must be float32", [](BackwardParams& b) { b.dweight.dtype = DType::bf16; }},
+      {"dbias must have shape", [](BackwardParams& b) { b.dbias.size[0] -= 1; }},
+      {"workspace must have shape", [](BackwardParams& b) { b.workspace.size[0] += 1; }},
+      {"workspace must be float32", [](BackwardParams& b) { b.workspace.dtype = DType::f64; }},
+      {"workspace must be contiguous", [](BackwardParams& b) { b.workspace.stride[2] = 2; }},
+  };
+  for (const auto& row : rows) {
+    Gradient g = gradient_of(p, saved, test::kCpu);
+    const std::vector<unsigned char> before = g.result.dx.bytes();
+    row.spoil(g.params);
+    const std::string message = error_of([&] { backward(g.params); });
+    EXPECT_NE(message.find(row.message), std::string::npos) << row.message << ": " << message;
+    EXPECT_EQ(g.result.dx.bytes(), before) << row.message;
+  }
+}
+
+// ---- the plan ----
+
+ForwardParams planned(DType dtype, std::int64_t rows, std::int64_t features) {
+  alignas(16) static char memory[16];
+  ForwardParams p;
+  p.x = TensorView(memory, dtype, {rows, features});
+  p.y = p.x;
+  p.weight = TensorView(memory, DType::f32, {features});
+  p.residual = TensorView(memory, DType::f32, {rows, features});
+  p.residual_out = p.residual;
+  return p;
+}
+
+TEST(LayerNormPlan, ForwardHoldsTheRowOrWalks) {
+  for (std::int64_t features = 1; features < 20000; features += features < 300 ? 1 : 97) {
+    const cuda::ForwardPlan plan = cuda::choose_forward(planned(DType::bf16, 1000, features));
+    const cuda::Config& config = cuda::kForwardConfigs[plan.config];
+    EXPECT_EQ(plan.threads % 32, 0) << features;
+    EXPECT_LE(plan.threads, config.threads) << features;
+    EXPECT_LE(plan.threads * plan.rows, config.threads) << features;
+    EXPECT_GE(plan.blocks * plan.rows, 1000) << features;
+    if (config.vectors > 0) {
+      EXPECT_GE(std::int64_t{plan.threads} * config.vectors * cuda::kVector, features);
+      EXPECT_EQ(features % cuda::kVector, 0) << features;
+    } else {
+      EXPECT_TRUE(features % cuda::kVector != 0 || features > 16384) << features;
+    }
+  }
+  const cuda::ForwardPlan model = cuda::choose_forward(planned(DType::bf16, 16384, 2560));
+  EXPECT_EQ(model.threads * cuda::kForwardConfigs[model.config].vectors * cuda::kVector, 2560);
+  ForwardParams misaligned = planned(DType::bf16, 16384, 2560);
+  misaligned.residual.data = static_cast<char*>(misaligned.residual.data) + 4;
+  EXPECT_EQ(cuda::kForwardConfigs[cuda::choose_forward(misaligned).config].vectors, 0);
+}
+
+TEST(LayerNormPlan, BackwardFillsTheWorkspaceOrLess) {
+  mamba_native::cuda::DeviceInfo device;
+  device.multiprocessors = 132;
+  for (const std::int64_t rows : {1, 7, 1000, 100000}) {
+    for (const std::int64_t features : {4, 100, 128, 132, 2560, 5120, 5124, 8192, 8196, 2561}) {
+      const ForwardParams f = planned(DType::bf16, rows, features);
+      BackwardParams p;
+      p.dy = p.dx = f.x;
+      p.h = p.dresidual = p.dresidual_out = f.residual;
+      p.weight = f.weight;
+      p.workspace =
+          TensorView(nullptr, DType::f32, {cuda::workspace_rows(rows, device), 2, features});
+      const cuda::BackwardPlan plan = cuda::choose_backward(p);
+      const cuda::Config& config = cuda::kBackwardConfigs[plan.config];
+      EXPECT_LE(plan.blocks, p.workspace.size[0]);
+      EXPECT_GE(plan.blocks, 1);
+      EXPECT_LE(plan.threads * plan.rows, config.threads);
+      EXPECT_EQ(config.vectors == 0, features % cuda::kVector != 0 || features > 8192) << features;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mamba_native::layer_norm

@@ -1,0 +1,706 @@
+// The state update on every device and instruction set, against the oracle; the oracle itself
+// against numbers worked out by hand and against the selective scan.
+#include "state_update/state_update.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstddef>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/cpu/isa.h"
+#include "core/error.h"
+#include "core/math.h"
+#include "core/parallel_for.h"
+#include "selective_scan/selective_scan.h"
+#include "state_update/cpu.h"
+#include "state_update/plan.h"
+#include "state_update/reference.h"
+#include "support/compare.h"
+#include "support/device_memory.h"
+#include "support/tensor.h"
+
+namespace mamba_native::state_update {
+namespace {
+
+using test::Shape;
+using test::Tensor;
+using Isa = mamba_native::cpu::Isa;
+
+// ---- what is computed, and by whom ----
+
+struct Case {
+  std::string name;
+  std::int64_t batch = 3;
+  std::int64_t heads = 2;
+  std::int64_t headdim = 70;  // a full block of rows and a ragged one
+  std::int64_t groups = 1;
+  std::int64_t states = 16;
+  bool tied = false;  // A, dt, dt_bias and D with stride 0, as Mamba-2 expands them
+  bool skip = true;   // D
+  bool gate = true;   // z
+  bool bias = true;
+  bool softplus = true;
+  bool strided = false;           // every tensor a window of a larger one, steps 2 apart
+  bool misaligned = false;        // contiguous, from an odd element on
+  bool state_f32 = false;         // whatever the dtype of the rest
+  bool parameters_alike = false;  // A, D and dt_bias in the dtype of the rest, not float32
+  DType index = DType::f32;       // i32 or i64: gathered, with padding
+  double dt_low = -2.0;
+  double dt_high = 1.0;
+};
+
+Case with(const std::string& name, const std::function<void(Case&)>& change) {
+  Case row;
+  row.name = name;
+  change(row);
+  return row;
+}
+
+// The base row, then rows that change one thing.
+std::vector<Case> star() {
+  std::vector<Case> rows = {
+      with("base", [](Case&) {}),
+      with("batch_1", [](Case& c) { c.batch = 1; }),
+      with("one_row", [](Case& c) { c.headdim = 1; }),
+      with("rows_64", [](Case& c) { c.headdim = 64; }),
+      with("rows_1536_mamba1",
+           [](Case& c) {
+             c.heads = 1;
+             c.headdim = 1536;
+           }),
+      with("many_heads", [](Case& c) { c.heads = 33; }),
+      with("two_groups", [](Case& c) { c.groups = 2; }),
+      with("no_D", [](Case& c) { c.skip = false; }),
+      with("no_z", [](Case& c) { c.gate = false; }),
+      with("no_bias", [](Case& c) { c.bias = false; }),
+      with("no_softplus",
+           [](Case& c) {
+             c.softplus = false;
+             c.dt_low = 0.001;
+             c.dt_high = 0.1;
+             c.bias = false;
+           }),
+      with("nothing_optional", [](Case& c) { c.skip = c.gate = c.bias = false; }),
+      with("softplus_threshold",
+           [](Case& c) {
+             c.dt_low = 17.0;
+             c.dt_high = 25.0;
+           }),
+      with("strided", [](Case& c) { c.strided = true; }),
+      with("misaligned", [](Case& c) { c.misaligned = true; }),
+      with("state_f32", [](Case& c) { c.state_f32 = true; }),
+      with("parameters_alike", [](Case& c) { c.parameters_alike = true; }),
+      with("indices_i32", [](Case& c) { c.index = DType::i32; }),
+      with("indices_i64", [](Case& c) { c.index = DType::i64; }),
+      with("tied_indices",
+           [](Case& c) {
+             c.tied = true;
+             c.states = 128;
+             c.index = DType::i32;
+           }),
+      with("tied_strided",
+           [](Case& c) {
+             c.tied = true;
+             c.strided = true;
+             c.states = 64;
+           }),
+      with("tied_mamba2",
+           [](Case& c) {
+             c.tied = true;
+             c.heads = 8;
+             c.headdim = 64;
+             c.states = 128;
+             c.groups = 2;
+           }),
+  };
+  for (const std::int64_t states : {1, 8, 24, 32, 64, 96, 128, 256, 300, 512}) {
+    for (const bool tied : {false, true}) {
+      rows.push_back(
+          with((tied ? "tied_states_" : "states_") + std::to_string(states), [&](Case& c) {
+            c.states = states;
+            c.tied = tied;
+          }));
+    }
+  }
+  return rows;
+}
+
+// A tensor's shape in the layout of the row. `tied_from`: dimensions from this one on have stride
+// 0.
+Shape shape_of(const Case& c, std::vector<std::int64_t> sizes, std::size_t tied_from = 9) {
+  Shape shape{sizes};
+  shape.offset = c.misaligned ? 1 : c.strided ? 3 : 0;
+  std::int64_t step = c.strided ? 2 : 1;
+  shape.strides.resize(sizes.size());
+  for (std::size_t i = sizes.size(); i-- > 0;) {
+    const bool expanded = c.tied && i >= tied_from;
+    shape.strides[i] = expanded ? 0 : step;
+    step *= expanded ? 1 : sizes[i] + (c.strided ? 1 : 0);
+  }
+  return shape;
+}
+
+struct Problem {
+  DType dtype = DType::f32;
+  bool softplus = false;
+  Tensor state, x, dt, A, B, C, D, z, bias, indices;
+
+  // A copy, in float64 or as it is.
+  Problem to(bool exact, Device device) const {
+    const auto copy = [&](const Tensor& tensor) {
+      return tensor.to(exact ? DType::f64 : tensor.dtype(), device);
+    };
+    return {exact ? DType::f64 : dtype,
+            softplus,
+            copy(state),
+            copy(x),
+            copy(dt),
+            copy(A),
+            copy(B),
+            copy(C),
+            copy(D),
+            copy(z),
+            copy(bias),
+            indices.to(indices.dtype(), device)};
+  }
+};
+
+Problem make(const Case& c, DType dtype, unsigned seed = 1) {
+  std::mt19937 random(seed);
+  const std::int64_t B = c.batch, H = c.heads, P = c.headdim, N = c.states, G = c.groups;
+  const DType parameter = c.parameters_alike ? dtype : DType::f32;
+  const bool gathered = c.index != DType::f32;
+  const auto uniform = [&](DType type, const Shape& shape, double low, double high) {
+    return Tensor::uniform(random, type, test::kCpu, shape, low, high);
+  };
+  Problem p;
+  p.dtype = dtype;
+  p.softplus = c.softplus;
+  p.state = uniform(c.state_f32 ? DType::f32 : dtype,
+                    shape_of(c, {gathered ? 2 * B + 1 : B, H, P, N}), -1, 1);
+  p.x = uniform(dtype, shape_of(c, {B, H, P}), -1, 1);
+  p.dt = uniform(dtype, shape_of(c, {B, H, P}, 2), c.dt_low, c.dt_high);
+  p.A = uniform(parameter, shape_of(c, {H, P, N}, 1), -8, -0.5);
+  p.B = uniform(dtype, shape_of(c, {B, G, N}), -1, 1);
+  p.C = uniform(dtype, shape_of(c, {B, G, N}), -1, 1);
+  if (c.skip) {
+    p.D = uniform(parameter, shape_of(c, {H, P}, 1), -1, 1);
+  }
+  if (c.gate) {
+    p.z = uniform(dtype, shape_of(c, {B, H, P}), -2, 2);
+  }
+  if (c.bias) {
+    p.bias = uniform(parameter, shape_of(c, {H, P}, 1), -2, 0);
+  }
+  if (gathered) {
+    std::vector<double> entries;
+    for (std::int64_t b = 0; b < B; ++b) {
+      entries.push_back(b == 1 ? -7.0 : static_cast<double>(2 * (B - b)));
+    }
+    p.indices = Tensor::from_values(c.index, test::kCpu, {{B}, {c.strided ? 2 : 1}}, entries);
+  }
+  return p;
+}
+
+using RunStep = std::function<void(const Params&)>;
+
+struct Result {
+  Tensor state, out;
+};
+
+Params params_of(const Problem& p) {
+  Params params;
+  params.state = p.state.view();
+  params.x = p.x.view();
+  params.dt = p.dt.view();
+  params.A = p.A.view();
+  params.B = p.B.view();
+  params.C = p.C.view();
+  params.D = p.D.view();
+  params.z = p.z.view();
+  params.dt_bias = p.bias.view();
+  params.state_batch_indices = p.indices.view();
+  params.dt_softplus = p.softplus;
+  return params;
+}
+
+// `p` is used up: its state is the result's.
+Result run_step(const Problem& p, Device device, const RunStep& run) {
+  Result result{p.state, Tensor(p.x.dtype(), device, p.x.shape())};
+  Params params = params_of(p);
+  params.out = result.out.view();
+  run(params);
+  return result;
+}
+
+struct Expected {
+  explicit Expected(const Problem& p)
+      : truth(run_step(p.to(true, test::kCpu), test::kCpu, &reference::update<double>)),
+        yardstick(run_step(p.to(false, test::kCpu), test::kCpu, &reference::update<float>)) {}
+  Result truth, yardstick;
+};
+
+testing::AssertionResult close(const char* output, DType dtype, const Tensor& got,
+                               const Tensor& truth, const Tensor& yardstick) {
+  return test::is_close("selective_state_update", dtype, output, got.dtype(), got.values(),
+                        truth.values(), yardstick.values(), test::kForwardSlack);
+}
+
+bool is_close(const Result& got, const Expected& expected, DType dtype) {
+  return close("out", dtype, got.out, expected.truth.out, expected.yardstick.out) &&
+         close("state", dtype, got.state, expected.truth.state, expected.yardstick.state);
+}
+
+// ---- every implementation on every row ----
+
+struct Target {
+  const char* name;
+  Device device;
+  Isa isa;
+};
+
+const Target kTargets[] = {{"plain", test::kCpu, Isa::plain},
+                           {"sse2", test::kCpu, Isa::sse2},
+                           {"avx2", test::kCpu, Isa::avx2},
+                           {"avx512", test::kCpu, Isa::avx512},
+                           {"cuda", test::kCuda, Isa::plain}};
+
+// Why a target cannot run here; empty if it can.
+std::string unavailable(const Target& target) {
+  if (target.device.is_cuda()) {
+    return test::cuda_unavailable();
+  }
+  return target.isa <= mamba_native::cpu::highest_isa() ? "" : "this processor lacks it";
+}
+
+std::string dtype_unavailable(DType dtype) {
+  const bool built = dtype == DType::f16    ? MAMBA_WITH_F16
+                     : dtype == DType::bf16 ? MAMBA_WITH_BF16
+                                            : true;
+  return built ? "" : "built without " + std::string(name(dtype));
+}
+
+RunStep update_on(const Target& target) {
+  if (target.device.is_cuda()) {
+    return static_cast<void (*)(const Params&)>(&update);
+  }
+  const Isa isa = target.isa;
+  return [isa](const Params& params) { cpu::update(params, isa); };
+}
+
+struct Row {
+  Target target;
+  DType dtype;
+  Case problem;
+};
+
+std::vector<Row> rows() {
+  std::vector<Row> all;
+  for (const Target& target : kTargets) {
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+      for (const Case& problem : star()) {
+        all.push_back({target, dtype, problem});
+      }
+    }
+  }
+  return all;
+}
+
+std::string row_name(const testing::TestParamInfo<Row>& info) {
+  const DType dtype = info.param.dtype;
+  return std::string(info.param.target.name) +
+         (dtype == DType::f32   ? "_f32_"
+          : dtype == DType::f16 ? "_f16_"
+                                : "_bf16_") +
+         info.param.problem.name;
+}
+
+class StateUpdate : public testing::TestWithParam<Row> {
+ protected:
+  void SetUp() override {
+    for (const std::string& reason :
+         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype)}) {
+      if (!reason.empty()) {
+        GTEST_SKIP() << reason;
+      }
+    }
+  }
+};
+
+TEST_P(StateUpdate, MatchesTheOracle) {
+  const auto& [target, dtype, problem] = GetParam();
+  const Problem p = make(problem, dtype);
+  const Expected expected(p);
+  const Result got = run_step(p.to(false, target.device), target.device, update_on(target));
+  EXPECT_TRUE(close("out", dtype, got.out, expected.truth.out, expected.yardstick.out));
+  EXPECT_TRUE(close("state", dtype, got.state, expected.truth.state, expected.yardstick.state));
+}
+
+INSTANTIATE_TEST_SUITE_P(Star, StateUpdate, testing::ValuesIn(rows()), row_name);
+
+class StateUpdateTarget : public testing::TestWithParam<Target> {
+ protected:
+  void SetUp() override {
+    const std::string reason = unavailable(GetParam());
+    if (!reason.empty()) {
+      GTEST_SKIP() << reason;
+    }
+  }
+};
+
+std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
+
+// An implementation that forgot a term must not pass: each is dropped here in turn, on its side
+// only.
+TEST_P(StateUpdateTarget, NoticesADroppedTerm) {
+  const Target& target = GetParam();
+  const struct {
+    const char* term;
+    std::function<void(Params&)> drop;
+  } mutations[] = {
+      {"D", [](Params& p) { p.D = TensorView(); }},
+      {"z", [](Params& p) { p.z = TensorView(); }},
+      {"dt_bias", [](Params& p) { p.dt_bias = TensorView(); }},
+      {"softplus", [](Params& p) { p.dt_softplus = false; }},
+      {"B", [](Params& p) { p.B = p.C; }},
+      {"C", [](Params& p) { p.C = p.B; }},
+      {"x", [](Params& p) { p.x = p.z; }},
+      {"A", [](Params& p) { p.A.stride[0] = 0; }},
+  };
+  for (const bool tied : {false, true}) {
+    const Problem p = make(with("mutation",
+                                [&](Case& c) {
+                                  c.tied = tied;
+                                  c.states = 64;
+                                }),
+                           DType::f32);
+    const Expected expected(p);
+    const RunStep run = update_on(target);
+    EXPECT_TRUE(
+        is_close(run_step(p.to(false, target.device), target.device, run), expected, DType::f32));
+    for (const auto& mutation : mutations) {
+      const Result got =
+          run_step(p.to(false, target.device), target.device, [&](const Params& params) {
+            Params changed = params;
+            mutation.drop(changed);
+            run(changed);
+          });
+      EXPECT_FALSE(is_close(got, expected, DType::f32)) << mutation.term;
+    }
+  }
+}
+
+TEST_P(StateUpdateTarget, PaddingGivesZerosAndTouchesNoState) {
+  const Target& target = GetParam();
+  for (const std::int64_t states : {5, 64}) {
+    Case c = with("padding", [&](Case& row) { row.states = states; });
+    Problem p = make(c, DType::f32);
+    p.indices = Tensor::from_values(DType::i64, test::kCpu, {{3}}, {-1, -1, -100});
+    p = p.to(false, target.device);
+    const std::vector<unsigned char> before = p.state.bytes();
+    const Result got = run_step(p, target.device, update_on(target));
+    EXPECT_EQ(got.state.bytes(), before);
+    for (const double value : got.out.values()) {
+      ASSERT_EQ(value, 0.0);
+    }
+  }
+}
+
+TEST_P(StateUpdateTarget, EmptySizes) {
+  const Target& target = GetParam();
+  for (const auto& change : {std::function<void(Case&)>([](Case& c) { c.batch = 0; }),
+                             std::function<void(Case&)>([](Case& c) { c.heads = 0; }),
+                             std::function<void(Case&)>([](Case& c) { c.headdim = 0; })}) {
+    const Problem p = make(with("empty", change), DType::f32).to(false, target.device);
+    EXPECT_EQ(run_step(p, target.device, &update).out.values().size(), 0u);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, StateUpdateTarget, testing::ValuesIn(kTargets), target_name);
+
+TEST(StateUpdateCuda, AnEntryBeyondTheStateShowsAndIsNotTouched) {
+  const std::string reason = test::cuda_unavailable();
+  if (!reason.empty()) {
+    GTEST_SKIP() << reason;
+  }
+  for (const std::int64_t states : {5, 64}) {
+    Problem p = make(with("beyond", [&](Case& c) { c.states = states; }), DType::f32);
+    p.indices = Tensor::from_values(DType::i32, test::kCpu, {{3}}, {3, 1000, 2000000000});
+    p = p.to(false, test::kCuda);
+    const std::vector<unsigned char> before = p.state.bytes();
+    const Result got = run_step(p, test::kCuda, &update);
+    EXPECT_EQ(got.state.bytes(), before);
+    for (const double value : got.out.values()) {
+      ASSERT_TRUE(std::isnan(value));
+    }
+  }
+}
+
+TEST(StateUpdateCpu, ResultsDoNotDependOnTheThreads) {
+  const Problem p = make(with("threads",
+                              [](Case& c) {
+                                c.batch = 8;
+                                c.headdim = 640;
+                                c.states = 64;
+                              }),
+                         DType::f32);
+  set_num_threads(1);
+  const Result one = run_step(p.to(false, test::kCpu), test::kCpu, &update);
+  set_num_threads(3);
+  const Result three = run_step(p.to(false, test::kCpu), test::kCpu, &update);
+  set_num_threads(0);
+  EXPECT_EQ(one.out.bytes(), three.out.bytes());
+  EXPECT_EQ(one.state.bytes(), three.state.bytes());
+}
+
+TEST(StateUpdateCpu, Float64RunsTheOracle) {
+  const Problem p = make(with("f64", [](Case&) {}), DType::f32).to(true, test::kCpu);
+  const Result truth = run_step(p.to(true, test::kCpu), test::kCpu, &reference::update<double>);
+  const Result got = run_step(p, test::kCpu, &update);
+  EXPECT_EQ(got.out.bytes(), truth.out.bytes());
+  EXPECT_EQ(got.state.bytes(), truth.state.bytes());
+}
+
+// ---- the oracle ----
+
+// Two states, worked out by hand: delta = log 2, so that A = -1 and -2 decay by 1/2 and 1/4.
+TEST(StateUpdateOracle, ByHand) {
+  const auto tensor = [](Shape shape, const std::vector<double>& values) {
+    return Tensor::from_values(DType::f64, test::kCpu, shape, values);
+  };
+  const double delta = std::log(2.0);
+  Problem p;
+  p.state = tensor({{1, 1, 1, 2}}, {4, 8});
+  p.x = tensor({{1, 1, 1}}, {3});
+  p.dt = tensor({{1, 1, 1}}, {delta - 1});
+  p.bias = tensor({{1, 1}}, {1});
+  p.A = tensor({{1, 1, 2}}, {-1, -2});
+  p.B = tensor({{1, 1, 2}}, {1, -1});
+  p.C = tensor({{1, 1, 2}}, {10, 100});
+  p.D = tensor({{1, 1}}, {5});
+  const double first = 2 + 3 * delta;
+  const double second = 2 - 3 * delta;
+  const Result got = run_step(p, test::kCpu, &update);
+  EXPECT_NEAR(got.state.values()[0], first, 1e-14);
+  EXPECT_NEAR(got.state.values()[1], second, 1e-14);
+  EXPECT_NEAR(got.out.values()[0], 10 * first + 100 * second + 15, 1e-12);
+
+  // A gate of silu(0) = 0, and softplus(0) = log 2.
+  p.state = tensor({{1, 1, 1, 2}}, {4, 8});
+  p.dt = tensor({{1, 1, 1}}, {-1});
+  p.z = tensor({{1, 1, 1}}, {0});
+  p.softplus = true;
+  const Result gated = run_step(p, test::kCpu, &update);
+  EXPECT_NEAR(gated.state.values()[0], first, 1e-14);
+  EXPECT_EQ(gated.out.values()[0], 0.0);
+}
+
+// The output comes from the state before it is rounded: 1 + 2^-9 is no bfloat16.
+TEST(StateUpdateOracle, OutputUsesTheUnroundedState) {
+  Problem p;
+  p.state = Tensor::from_values(DType::bf16, test::kCpu, {{1, 1, 1, 1}}, {1});
+  const auto tensor = [](Shape shape, double value) {
+    return Tensor::from_values(DType::f32, test::kCpu, shape, {value});
+  };
+  p.x = tensor({{1, 1, 1}}, std::ldexp(1.0, -9));
+  p.dt = tensor({{1, 1, 1}}, 1);
+  p.A = tensor({{1, 1, 1}}, 0);
+  p.B = tensor({{1, 1, 1}}, 1);
+  p.C = tensor({{1, 1, 1}}, 1);
+  for (const Target& target : kTargets) {
+    if (unavailable(target).empty() && dtype_unavailable(DType::bf16).empty()) {
+      const Result got = run_step(p.to(false, target.device), target.device, update_on(target));
+      EXPECT_EQ(got.out.values()[0], 1 + std::ldexp(1.0, -9)) << target.name;
+      EXPECT_EQ(got.state.values()[0], 1.0) << target.name;
+    }
+  }
+}
+
+// Step by step = the selective scan, in float64.
+TEST(StateUpdateIdentity, StepsAreTheSelectiveScan) {
+  const std::int64_t batch = 2, channels = 6, groups = 2, states = 5, length = 9;
+  std::mt19937 random(3);
+  const auto uniform = [&](Shape shape, double low, double high) {
+    return Tensor::uniform(random, DType::f64, test::kCpu, shape, low, high);
+  };
+  const auto like = [](Shape shape) { return Tensor(DType::f64, test::kCpu, shape); };
+  const Tensor u = uniform({{batch, channels, length}}, -1, 1);
+  const Tensor delta = uniform({{batch, channels, length}}, -1, 1);
+  const Tensor z = uniform({{batch, channels, length}}, -2, 2);
+  const Tensor A = uniform({{channels, states}}, -4, -0.5);
+  const Tensor B = uniform({{batch, groups, states, length}}, -1, 1);
+  const Tensor C = uniform({{batch, groups, states, length}}, -1, 1);
+  const Tensor D = uniform({{channels}}, -1, 1);
+  const Tensor bias = uniform({{channels}}, -1, 1);
+  const Tensor initial = uniform({{batch, channels, states}}, -1, 1);
+  const Tensor out = like({{batch, channels, length}});
+  const Tensor last = like({{batch, channels, states}});
+  const Tensor checkpoints = like({{batch, channels, 1, states}});
+  selective_scan::ForwardParams scan;
+  scan.in.u = u.view();
+  scan.in.delta = delta.view();
+  scan.in.A = A.view();
+  scan.in.B = B.view();
+  scan.in.C = C.view();
+  scan.in.D = D.view();
+  scan.in.z = z.view();
+  scan.in.delta_bias = bias.view();
+  scan.in.initial_state = initial.view();
+  scan.in.delta_softplus = true;
+  scan.out = out.view();
+  scan.last_state = last.view();
+  scan.checkpoints = checkpoints.view();
+  selective_scan::forward(scan);
+
+  // Heads are the groups of channels; step t is a view of the sequences at t.
+  const std::int64_t rows = channels / groups;
+  const auto view = [](const TensorView& of, std::vector<std::int64_t> sizes,
+                       std::vector<std::int64_t> strides, std::int64_t offset) {
+    TensorView step = of;
+    step.data = static_cast<double*>(of.data) + offset;
+    step.dim = static_cast<int>(sizes.size());
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+      step.size[i] = sizes[i];
+      step.stride[i] = strides[i];
+    }
+    return step;
+  };
+  const Tensor state = initial.to(DType::f64, test::kCpu);
+  const Tensor steps = like({{batch, channels, length}});
+  Params step;
+  step.state = view(state.view(), {batch, groups, rows, states},
+                    {channels * states, rows * states, states, 1}, 0);
+  step.A = view(A.view(), {groups, rows, states}, {rows * states, states, 1}, 0);
+  step.D = view(D.view(), {groups, rows}, {rows, 1}, 0);
+  step.dt_bias = view(bias.view(), {groups, rows}, {rows, 1}, 0);
+  step.dt_softplus = true;
+  for (std::int64_t t = 0; t < length; ++t) {
+    const auto at = [&](const Tensor& sequence) {
+      return view(sequence.view(), {batch, groups, rows},
+                  {channels * length, rows * length, length}, t);
+    };
+    const auto projection = [&](const Tensor& sequence) {
+      return view(sequence.view(), {batch, groups, states},
+                  {groups * states * length, states * length, length}, t);
+    };
+    step.x = at(u);
+    step.dt = at(delta);
+    step.z = at(z);
+    step.out = at(steps);
+    step.B = projection(B);
+    step.C = projection(C);
+    update(step);
+  }
+  EXPECT_LE(test::nmse(steps.values(), out.values()), 1e-28);
+  EXPECT_LE(test::nmse(state.values(), last.values()), 1e-28);
+}
+
+// ---- errors ----
+
+TEST(StateUpdateErrors, BadInputNamesTheArgumentAndTouchesNothing) {
+  const Case c = with("errors", [](Case& row) {
+    row.heads = 4;
+    row.groups = 2;
+    row.index = DType::i64;
+  });
+  const struct {
+    const char* message;
+    std::function<void(Params&)> spoil;
+  } rows[] = {
+      {"state must have shape", [](Params& p) { p.state.dim = 3; }},
+      {"state must have shape", [](Params& p) { p.state.size[2] += 1; }},
+      {"state must have at least one", [](Params& p) { p.state.size[3] = 0; }},
+      {"state must be", [](Params& p) { p.state.dtype = DType::i32; }},
+      {"state is written", [](Params& p) { p.state.stride[3] = 0; }},
+      {"x must have shape", [](Params& p) { p.x.dim = 2; }},
+      {"dt must have shape", [](Params& p) { p.dt.size[0] -= 1; }},
+      {"dt must have shape", [](Params& p) { p.dt = TensorView(); }},
+      {"dt must be on cpu", [](Params& p) { p.dt.device = test::kCuda; }},
+      {"A must have shape", [](Params& p) { p.A.size[0] += 1; }},
+      {"A must be float64 exactly when x is", [](Params& p) { p.A.dtype = DType::f64; }},
+      {"B must have shape", [](Params& p) { p.B.size[2] -= 1; }},
+      {"C must have shape", [](Params& p) { p.C.size[1] -= 1; }},
+      {"multiple of the groups",
+       [](Params& p) {
+         p.B.size[1] = 3;
+         p.C.size[1] = 3;
+       }},
+      {"D must have shape", [](Params& p) { p.D.size[1] -= 1; }},
+      {"z must have shape", [](Params& p) { p.z.size[2] += 1; }},
+      {"dt_bias must have shape", [](Params& p) { p.dt_bias.dim = 1; }},
+      {"out must be float32", [](Params& p) { p.out.dtype = DType::f16; }},
+      {"out must have shape", [](Params& p) { p.out = TensorView(); }},
+      {"out is written", [](Params& p) { p.out.stride[0] = 0; }},
+      {"state_batch_indices must be int32 or int64",
+       [](Params& p) { p.state_batch_indices.dtype = DType::f32; }},
+      {"state_batch_indices must have shape", [](Params& p) { p.state_batch_indices.size[0] = 2; }},
+      {"state_batch_indices[0] is 6, but state has 5 entries",
+       [](Params& p) { p.state.size[0] = 5; }},
+  };
+  for (const auto& row : rows) {
+    const Problem p = make(c, DType::f32);
+    const Tensor out(DType::f32, test::kCpu, p.x.shape());
+    const std::vector<unsigned char> state_before = p.state.bytes();
+    const std::vector<unsigned char> out_before = out.bytes();
+    Params params = params_of(p);
+    params.out = out.view();
+    row.spoil(params);
+    try {
+      update(params);
+      ADD_FAILURE() << "accepted: " << row.message;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(row.message), std::string::npos) << error.what();
+    }
+    EXPECT_EQ(p.state.bytes(), state_before) << row.message;
+    EXPECT_EQ(out.bytes(), out_before) << row.message;
+  }
+}
+
+// ---- the plan ----
+
+Params planned(DType dtype, std::int64_t batch, std::int64_t heads, std::int64_t headdim,
+               std::int64_t states, bool tied) {
+  alignas(16) static char memory[16];
+  Params p;
+  p.state = TensorView(memory, dtype, {batch, heads, headdim, states});
+  p.x = TensorView(memory, dtype, {batch, heads, headdim});
+  p.dt = p.x;
+  p.A = TensorView(memory, DType::f32, {heads, headdim, states});
+  if (tied) {
+    p.dt.stride[2] = 0;
+    p.A.stride[1] = p.A.stride[2] = 0;
+  }
+  return p;
+}
+
+TEST(StateUpdatePlan, ChoosesTheRowThatTheTableNames) {
+  mamba_native::cuda::DeviceInfo device;
+  device.multiprocessors = 132;
+  const auto config = [&](const Params& p) {
+    return cuda::kConfigs[cuda::choose(p, device).config];
+  };
+  const cuda::Config mamba2 = config(planned(DType::bf16, 64, 80, 64, 128, true));
+  EXPECT_TRUE(mamba2.tied);
+  EXPECT_EQ(mamba2.lanes, 16);
+  const cuda::Config mamba1 = config(planned(DType::bf16, 1, 1, 1536, 16, false));
+  EXPECT_FALSE(mamba1.tied);
+  EXPECT_EQ(mamba1.lanes, 2);
+  EXPECT_EQ(config(planned(DType::f32, 1, 1, 1536, 16, false)).lanes, 4);
+  EXPECT_EQ(config(planned(DType::f32, 1, 8, 64, 1024, true)).lanes, 32);
+  EXPECT_EQ(config(planned(DType::f32, 1, 8, 64, 13, true)).lanes, 0) << "13 is no whole vector";
+  Params strided = planned(DType::bf16, 64, 80, 64, 128, true);
+  strided.state.stride[3] = 2;
+  EXPECT_EQ(config(strided).lanes, 0);
+  Params misaligned = planned(DType::bf16, 64, 80, 64, 128, true);
+  misaligned.state.data = static_cast<char*>(misaligned.state.data) + 2;
+  EXPECT_EQ(config(misaligned).lanes, 0);
+  EXPECT_EQ(cuda::choose(planned(DType::bf16, 64, 80, 64, 128, true), device).warps, 4);
+  EXPECT_EQ(cuda::choose(planned(DType::bf16, 1, 1, 1536, 16, false), device).warps, 1);
+}
+
+}  // namespace
+}  // namespace mamba_native::state_update
