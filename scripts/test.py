@@ -50,6 +50,7 @@ def test_cpu(options):
         ctest = [bootstrap.tool("ctest", env), "--preset", preset]
         failed = subprocess.run(ctest, cwd=bootstrap.ROOT, env=env).returncode
     with bootstrap.leg("Python tests"):
+        bootstrap.build(env, preset, "--target", "wheel")
         env["MAMBA_TEST_BUILD"] = str(bootstrap.ROOT / "build" / preset)
         return pytest(python, env, native_library(preset), *options.pytest) or failed
 

@@ -1,6 +1,8 @@
 #include "causal_conv1d/causal_conv1d.h"
 
+#include "causal_conv1d/cpu.h"
 #include "causal_conv1d/plan.h"
+#include "causal_conv1d/reference.h"
 #include "core/error.h"
 
 namespace mamba_native::causal_conv1d {
@@ -13,7 +15,7 @@ constexpr char kVarlenStates[] = "causal_conv1d_varlen_states";
 
 // A written tensor must have an address of its own for every element.
 void check_written(const char* op, const char* argument, const TensorView& tensor) {
-  for (int i = 0; i < tensor.dim; ++i) {
+  for (int i = 0; i < tensor.dim && tensor.numel() > 0; ++i) {
     MAMBA_CHECK(tensor.size[i] <= 1 || tensor.stride[i] != 0, op, ": ", argument,
                 " is written, so it cannot be an expanded view (stride 0 in dimension ", i,
                 "); pass a contiguous copy, got ", describe(tensor));

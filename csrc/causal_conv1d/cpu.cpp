@@ -4,16 +4,13 @@
 #include <cstring>
 
 #include "causal_conv1d/plan.h"
-#include "core/cpu/isa.h"
+#include "causal_conv1d/reference.h"
 #include "core/error.h"
 #include "core/math.h"
 #include "core/parallel_for.h"
 
 namespace mamba_native::causal_conv1d::cpu {
 namespace {
-
-using mamba_native::cpu::current_isa;
-using mamba_native::cpu::Isa;
 
 constexpr std::int64_t kSegment = 256;  // steps of a task along channels
 
@@ -155,8 +152,7 @@ void update_block(const KernelsOfWidth& kernels, const UpdateParams& params, std
 
 }  // namespace
 
-void forward(const ForwardParams& params) {
-  const Isa isa = current_isa();
+void forward(const ForwardParams& params, Isa isa) {
   if (isa == Isa::plain) {
     reference::forward<float>(params);
     return;
@@ -189,10 +185,9 @@ void forward(const ForwardParams& params) {
 }
 
 // Tasks own whole channels, so that sums over batch and time have one order and no rivals.
-void backward(const BackwardParams& params) {
-  const Isa isa = current_isa();
+void backward(const BackwardParams& params, Isa isa) {
   if (isa == Isa::plain) {
-    reference::backward<float>(params);
+    reference::backward<float, double>(params);
     return;
   }
   const KernelsOfWidth& kernels = kernels_of(isa, params.in.weight.size[1]);
@@ -214,8 +209,7 @@ void backward(const BackwardParams& params) {
   }
 }
 
-void update(const UpdateParams& params) {
-  const Isa isa = current_isa();
+void update(const UpdateParams& params, Isa isa) {
   if (isa == Isa::plain) {
     reference::update<float>(params);
     return;

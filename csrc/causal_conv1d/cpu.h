@@ -1,11 +1,20 @@
-// What the dispatcher (cpu.cpp) and the SIMD kernels (cpu_kernel.h) agree on.
+// The convolution on the CPU: how the work is cut, and what the kernels of an instruction set are
+// given. Not public; parameters are validated and not float64.
 #pragma once
 
 #include <cstdint>
 
 #include "causal_conv1d/causal_conv1d.h"
+#include "core/cpu/isa.h"
 
 namespace mamba_native::causal_conv1d::cpu {
+
+using mamba_native::cpu::Isa;
+
+// Results depend on the instruction set, never on the threads.
+void forward(const ForwardParams& params, Isa isa = mamba_native::cpu::current_isa());
+void backward(const BackwardParams& params, Isa isa = mamba_native::cpu::current_isa());
+void update(const UpdateParams& params, Isa isa = mamba_native::cpu::current_isa());
 
 inline constexpr int kTimeBlock = 512;     // steps of a row that are in work at once
 inline constexpr int kChannelBlock = 128;  // channels of a step, likewise

@@ -1,5 +1,4 @@
-// The room's inside: one implementation per device, and how CUDA picks a kernel. Everything here
-// assumes parameters that causal_conv1d.cpp has validated.
+// How CUDA picks a kernel, and the entries of its dtypes. Not public; parameters are validated.
 #pragma once
 
 #include <cstdint>
@@ -12,23 +11,6 @@ namespace mamba_native::causal_conv1d {
 
 // True when neighbours in memory are neighbours in channel rather than in time.
 bool is_channel_last(const TensorView& x);
-
-// The oracle: the formulas as written, in Scalar (float or double), for any dtypes and strides.
-namespace reference {
-template <class Scalar>
-void forward(const ForwardParams& params);
-template <class Scalar>
-void backward(const BackwardParams& params);
-template <class Scalar>
-void update(const UpdateParams& params);
-void varlen_states(const VarlenStatesParams& params);
-}  // namespace reference
-
-namespace cpu {
-void forward(const ForwardParams& params);
-void backward(const BackwardParams& params);
-void update(const UpdateParams& params);
-}  // namespace cpu
 
 namespace cuda {
 

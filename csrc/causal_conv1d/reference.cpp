@@ -1,9 +1,10 @@
 // The mathematics of causal_conv1d.h, written down: every output is one sum over taps, every
 // gradient the transpose of one. Speed does not matter here.
+#include "causal_conv1d/reference.h"
+
 #include <algorithm>
 #include <vector>
 
-#include "causal_conv1d/plan.h"
 #include "core/math.h"
 
 namespace mamba_native::causal_conv1d::reference {
@@ -91,7 +92,7 @@ void forward(const ForwardParams& params) {
   }
 }
 
-template <class Scalar>
+template <class Scalar, class Sum>
 void backward(const BackwardParams& params) {
   const Convolution<Scalar> conv{params.in};
   const std::int64_t length = conv.length;
@@ -99,8 +100,8 @@ void backward(const BackwardParams& params) {
   const std::int64_t halo = width - 1;
   std::vector<Scalar> dcolumn(static_cast<std::size_t>(halo + length));  // of [initial_states, x]
   for (std::int64_t d = 0; d < params.in.x.size[1]; ++d) {
-    std::vector<Scalar> dweight(static_cast<std::size_t>(width), Scalar(0));
-    Scalar dbias = 0;
+    std::vector<Sum> dweight(static_cast<std::size_t>(width), Sum(0));
+    Sum dbias = 0;
     for (std::int64_t b = 0; b < params.in.x.size[0]; ++b) {
       std::fill(dcolumn.begin(), dcolumn.end(), Scalar(0));
       for (std::int64_t t = 0; t < length; ++t) {
@@ -213,6 +214,7 @@ template void forward<float>(const ForwardParams&);
 template void forward<double>(const ForwardParams&);
 template void backward<float>(const BackwardParams&);
 template void backward<double>(const BackwardParams&);
+template void backward<float, double>(const BackwardParams&);
 template void update<float>(const UpdateParams&);
 template void update<double>(const UpdateParams&);
 

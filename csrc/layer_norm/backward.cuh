@@ -48,10 +48,6 @@ struct Loaded {
   float rstd = 0.0f;
 };
 
-__device__ __forceinline__ int column_of(int v) {
-  return static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
-}
-
 template <class T, int VECTORS>
 __device__ __forceinline__ void load_row(const Backward& p, std::int64_t row, Loaded<VECTORS>& to) {
   const int features = row < p.rows ? p.features : 0;

@@ -93,30 +93,33 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
     const bool active = row < p.rows;  // rows beyond the end still meet at the barriers
     const int features = active ? p.features : 0;
 
-    // 1. All loads of the row, then h.
-    Vector x[VECTORS];
-    Vector residual[VECTORS];
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
-      x[v] = load_vector<true>(p.x, kDTypeOf<T>, row, column, features);
-    }
-    if (p.residual.data != nullptr) {
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
-        residual[v] = load_vector<true>(p.residual, p.residual.dtype, row, column, features);
-      }
-    }
+    // 1. h, with the loads of up to four vectors of each tensor under way together.
+    constexpr int kGroup = VECTORS < 4 ? VECTORS : 4;
     float h[VECTORS][kVector];
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      add_residual<T>(p, x[v], residual[v], h[v]);
+    for (int group = 0; group < VECTORS; group += kGroup) {
+      Vector x[kGroup];
+      Vector residual[kGroup];
+#pragma unroll
+      for (int v = 0; v < kGroup; ++v) {
+        x[v] = load_vector<true>(p.x, kDTypeOf<T>, row, column_of(group + v), features);
+      }
+      if (p.residual.data != nullptr) {
+#pragma unroll
+        for (int v = 0; v < kGroup; ++v) {
+          residual[v] =
+              load_vector<true>(p.residual, p.residual.dtype, row, column_of(group + v), features);
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < kGroup; ++v) {
+        add_residual<T>(p, x[v], residual[v], h[group + v]);
+      }
     }
     if (p.residual_out.data != nullptr) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
+        const int column = column_of(v);
         store_vector<true>(p.residual_out, p.residual_out.dtype, row, column, features, h[v]);
       }
     }
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
     float squares[1] = {0.0f};
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-      const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
+      const int column = column_of(v);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float centred = column < features ? h[v][i] - mean : 0.0f;
@@ -149,7 +152,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
     if (active) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        const int column = static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
+        const int column = column_of(v);
         store_normalised<T, true>(p, row, column, mean, rstd, h[v]);
       }
       store_statistics(p, row, mean, rstd);

@@ -45,6 +45,11 @@ inline Rows rows_of(const TensorView& tensor) {
   return rows;
 }
 
+// The first column of this thread's vector v.
+__device__ __forceinline__ int column_of(int v) {
+  return static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
+}
+
 // The kVector elements of `row` from `column` on; those from `features` on read as 0. `dtype` is
 // rows.dtype, or the same as a constant where the kernel knows it. WHOLE: every tensor moves as
 // vectors and features is a multiple of kVector.

@@ -343,7 +343,7 @@ struct BlockConstants {
     }
   }
 
-  float* a;  // A log2(e)
+  float* a;  // A'
   float* b;  // B and C where they are static
   float* c;
 };
@@ -471,16 +471,17 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
 
 // ---- backward ----
 
-// What STATES states of one block read and write in one tile of backward.
+// One tile of one block in backward: [step][lane], but for the last two.
 struct BackwardTile {
-  const float* delta;  // [step][lane]
-  const float* x;      // delta u
-  const float* g;      // dL/dy
-  float* y;            // += C h
-  float* sum_qB;       // += q B, summed over states
-  float* sum_qAa;      // += q A' exp(delta A) h[t-1]
-  float* history;      // scratch: h[t-1] and h[t], [state][step + 1][lane]
-  float* decays;       // scratch: exp(delta A), [state][step][lane]
+  float* u;
+  float* delta;
+  float* x;        // delta u
+  float* g;        // dL/dy
+  float* y;        // D u + C h, summed over states
+  float* sum_qB;   // q B, summed over states; in the end du
+  float* sum_qAa;  // q A' exp(delta A) h[t-1], summed over states; in the end ddelta
+  float* history;  // of the states in turn: h[t-1] and h[t], [state][step + 1][lane]
+  float* decays;   // of the states in turn: exp(delta A), [state][step][lane]
 };
 
 // to[i] += the sum over lanes of row i, for kLanes rows of [lane].
@@ -598,6 +599,92 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
   }
 }
 
+// Fills a tile from the inputs, its sums with what does not depend on the state.
+template <class Arch>
+void load_backward_tile(const BackwardParams& params, const Place& place, int channels, int steps,
+                        int padded, const BackwardTile& tile) {
+  using V = Vec<Arch>;
+  constexpr int kWidth = kLanes<Arch>;
+  const Inputs& in = params.in;
+  const bool gated = in.z.dim >= 0;
+  const V bias = gather_lanes<Arch>(in.delta_bias, place.row, channels);
+  const V skip = gather_lanes<Arch>(in.D, place.row, channels);
+  load_tile<Arch>(in.u, place, channels, steps, tile.u);
+  load_tile<Arch>(in.delta, place, channels, steps, tile.delta);
+  load_tile<Arch>(params.dout, place, channels, steps, tile.g);
+  if (gated) {
+    load_tile<Arch>(in.z, place, channels, steps, tile.y);
+  }
+  for (int i = 0; i < padded * kWidth; i += kWidth) {
+    V delta = V::load_unaligned(tile.delta + i);
+    if (i < steps * kWidth) {  // the padding's delta stays 0
+      delta = delta + bias;
+      if (in.delta_softplus) {
+        delta = mamba_native::cpu::softplus<Arch>(delta);
+      }
+    }
+    const V u = V::load_unaligned(tile.u + i);
+    delta.store_unaligned(tile.delta + i);
+    (delta * u).store_unaligned(tile.x + i);
+    if (gated) {
+      const V gate = mamba_native::cpu::silu<Arch>(V::load_unaligned(tile.y + i));
+      (V::load_unaligned(tile.g + i) * gate).store_unaligned(tile.g + i);
+    }
+    (skip * u).store_unaligned(tile.y + i);
+    V(0.0f).store_unaligned(tile.sum_qB + i);
+    V(0.0f).store_unaligned(tile.sum_qAa + i);
+  }
+}
+
+// From the sums over states to gradients. x and g are free for the inputs that are read once more:
+// delta before softplus, then z and dout.
+template <class Arch>
+void store_backward_tile(const BackwardParams& params, const Place& place, int channels, int steps,
+                         const BackwardTile& tile, float* lane_sums) {
+  using V = Vec<Arch>;
+  constexpr int kWidth = kLanes<Arch>;
+  const Inputs& in = params.in;
+  const V bias = gather_lanes<Arch>(in.delta_bias, place.row, channels);
+  const V skip = gather_lanes<Arch>(in.D, place.row, channels);
+  if (in.delta_softplus) {
+    load_tile<Arch>(in.delta, place, channels, steps, tile.x);
+  }
+  V sum_D = V::load_unaligned(lane_sums + kSumD * kWidth);
+  V sum_bias = V::load_unaligned(lane_sums + kSumBias * kWidth);
+  for (int i = 0; i < steps * kWidth; i += kWidth) {
+    const V g = V::load_unaligned(tile.g + i);
+    const V u = V::load_unaligned(tile.u + i);
+    const V qB = V::load_unaligned(tile.sum_qB + i);
+    V ddelta = xsimd::fma(V::load_unaligned(tile.sum_qAa + i), V(kLn2), u * qB);
+    if (in.delta_softplus) {
+      const V raw = V::load_unaligned(tile.x + i) + bias;
+      ddelta = ddelta * xsimd::select(raw > V(kSoftplusThreshold), V(1.0f),
+                                      mamba_native::cpu::sigmoid<Arch>(raw));
+    }
+    const V delta = V::load_unaligned(tile.delta + i);
+    sum_D = xsimd::fma(g, u, sum_D);
+    sum_bias = sum_bias + ddelta;
+    xsimd::fma(delta, qB, skip * g).store_unaligned(tile.sum_qB + i);
+    ddelta.store_unaligned(tile.sum_qAa + i);
+  }
+  sum_D.store_unaligned(lane_sums + kSumD * kWidth);
+  sum_bias.store_unaligned(lane_sums + kSumBias * kWidth);
+  store_tile<Arch>(params.du, place, channels, steps, tile.sum_qB);
+  store_tile<Arch>(params.ddelta, place, channels, steps, tile.sum_qAa);
+  if (in.z.dim >= 0) {
+    load_tile<Arch>(in.z, place, channels, steps, tile.x);
+    load_tile<Arch>(params.dout, place, channels, steps, tile.g);
+    for (int i = 0; i < steps * kWidth; i += kWidth) {
+      const V z = V::load_unaligned(tile.x + i);
+      const V s = mamba_native::cpu::sigmoid<Arch>(z);
+      const V slope = s * xsimd::fma(z, V(1.0f) - s, V(1.0f));
+      (V::load_unaligned(tile.g + i) * V::load_unaligned(tile.y + i) * slope)
+          .store_unaligned(tile.y + i);
+    }
+    store_tile<Arch>(params.dz, place, channels, steps, tile.y);
+  }
+}
+
 using BackwardStates = void (*)(int steps, const float* a, const float* b, const float* c,
                                 const float* h, const BackwardTile& tile, float* quantities,
                                 std::int64_t quantity_floats, float* dB, float* dC,
@@ -628,7 +715,6 @@ std::int64_t backward_scratch(std::int64_t states, std::int64_t channels) {
 template <class Arch>
 void backward_slice(const BackwardParams& params, const Slice& slice, const Segment& segment,
                     float* quantities, float* scratch) {
-  using V = Vec<Arch>;
   constexpr int kWidth = kLanes<Arch>;
   constexpr int kTile = kBackwardSteps * kWidth;
   const Inputs& in = params.in;
@@ -636,7 +722,6 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
   const std::int64_t length = in.u.size[2];
   const bool varying_B = in.B.dim == 4;
   const bool varying_C = in.C.dim == 4;
-  const bool gated = in.z.dim >= 0;
   const BackwardStates run = backward_states_for<Arch, kBackwardStates>(varying_B, varying_C);
   const BackwardStates run_one = backward_states_for<Arch, 1>(varying_B, varying_C);
   const std::int64_t row = (segment.last_tile - segment.first_tile) * kBackwardSteps;
@@ -645,19 +730,19 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
   Arena<Arch> arena(scratch);
   float* const rows_B = arena.take(states * kBackwardSteps);
   float* const rows_C = arena.take(states * kBackwardSteps);
-  float* const u = arena.take(kTile);
-  float* const delta = arena.take(kTile);
-  float* const x = arena.take(kTile);
-  float* const g = arena.take(kTile);
-  float* const y = arena.take(kTile);
-  float* const sum_qB = arena.take(kTile);
-  float* const sum_qAa = arena.take(kTile);
-  float* const history = arena.take(kBackwardStates * (kTile + kWidth + Arena<Arch>::kLine));
-  float* const decays = arena.take(kBackwardStates * (kTile + Arena<Arch>::kLine));
+  BackwardTile tile;
+  tile.u = arena.take(kTile);
+  tile.delta = arena.take(kTile);
+  tile.x = arena.take(kTile);
+  tile.g = arena.take(kTile);
+  tile.y = arena.take(kTile);
+  tile.sum_qB = arena.take(kTile);
+  tile.sum_qAa = arena.take(kTile);
+  tile.history = arena.take(kBackwardStates * (kTile + kWidth + Arena<Arch>::kLine));
+  tile.decays = arena.take(kBackwardStates * (kTile + Arena<Arch>::kLine));
   float* const h = arena.take(block_floats);
   float* const blocks = arena.take(BlockConstants<Arch>::kArrays * states *
                                    ((slice.count + kWidth - 1) / kWidth * kWidth));
-  const BackwardTile tile = {delta, x, g, y, sum_qB, sum_qAa, history, decays};
 
   for (std::int64_t done = 0; done < slice.count; done += kWidth) {
     const int channels =
@@ -687,34 +772,7 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
       const BlockConstants<Arch> constants(
           blocks + done / kWidth * BlockConstants<Arch>::kArrays * block_floats, states);
       float* const block_quantities = quantities + done * (kQuantities * states + kLaneSums);
-      const V bias = gather_lanes<Arch>(in.delta_bias, first, channels);
-      const V skip = gather_lanes<Arch>(in.D, first, channels);
-
-      load_tile<Arch>(in.delta, place, channels, steps, delta);
-      load_tile<Arch>(in.u, place, channels, steps, u);
-      load_tile<Arch>(params.dout, place, channels, steps, g);
-      if (gated) {
-        load_tile<Arch>(in.z, place, channels, steps, y);
-      }
-      for (int i = 0; i < padded * kWidth; i += kWidth) {
-        V step_delta = V::load_unaligned(delta + i);
-        if (i < steps * kWidth) {  // the padding's delta stays 0
-          step_delta = step_delta + bias;
-          if (in.delta_softplus) {
-            step_delta = mamba_native::cpu::softplus<Arch>(step_delta);
-          }
-        }
-        const V step_u = V::load_unaligned(u + i);
-        step_delta.store_unaligned(delta + i);
-        (step_delta * step_u).store_unaligned(x + i);
-        if (gated) {
-          const V gate = mamba_native::cpu::silu<Arch>(V::load_unaligned(y + i));
-          (V::load_unaligned(g + i) * gate).store_unaligned(g + i);
-        }
-        (skip * step_u).store_unaligned(y + i);
-        V(0.0f).store_unaligned(sum_qB + i);
-        V(0.0f).store_unaligned(sum_qAa + i);
-      }
+      load_backward_tile<Arch>(params, place, channels, steps, padded, tile);
       const TensorView& from = params.checkpoints;
       gather<Arch>(static_cast<const float*>(from.data) + slice.batch * from.stride[0] +
                        first * from.stride[1] + k * states,
@@ -735,44 +793,8 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
         n += several ? kBackwardStates : 1;
       }
 
-      // From the sums over states to gradients, in place: sum_qB becomes du, sum_qAa becomes
-      // ddelta. x is free for the inputs that are read once more: delta before softplus, then dout
-      // and z.
-      load_tile<Arch>(in.delta, place, channels, steps, x);
-      float* const lane_sums = block_quantities + kQuantities * block_floats;
-      V sum_D = V::load_unaligned(lane_sums + kSumD * kWidth);
-      V sum_bias = V::load_unaligned(lane_sums + kSumBias * kWidth);
-      for (int i = 0; i < steps * kWidth; i += kWidth) {
-        const V step_g = V::load_unaligned(g + i);
-        const V step_u = V::load_unaligned(u + i);
-        const V qB = V::load_unaligned(sum_qB + i);
-        V ddelta = xsimd::fma(step_u, qB, V::load_unaligned(sum_qAa + i) * V(kLn2));
-        if (in.delta_softplus) {
-          const V raw = V::load_unaligned(x + i) + bias;
-          ddelta = ddelta * xsimd::select(raw > V(kSoftplusThreshold), V(1.0f),
-                                          mamba_native::cpu::sigmoid<Arch>(raw));
-        }
-        const V du = xsimd::fma(V::load_unaligned(delta + i), qB, skip * step_g);
-        sum_D = xsimd::fma(step_g, step_u, sum_D);
-        sum_bias = sum_bias + ddelta;
-        du.store_unaligned(sum_qB + i);
-        ddelta.store_unaligned(sum_qAa + i);
-      }
-      sum_D.store_unaligned(lane_sums + kSumD * kWidth);
-      sum_bias.store_unaligned(lane_sums + kSumBias * kWidth);
-      store_tile<Arch>(params.du, place, channels, steps, sum_qB);
-      store_tile<Arch>(params.ddelta, place, channels, steps, sum_qAa);
-      if (gated) {
-        load_tile<Arch>(in.z, place, channels, steps, x);
-        load_tile<Arch>(params.dout, place, channels, steps, g);
-        for (int i = 0; i < steps * kWidth; i += kWidth) {
-          const V z = V::load_unaligned(x + i);
-          const V s = mamba_native::cpu::sigmoid<Arch>(z);
-          const V slope = s * xsimd::fma(z, V(1.0f) - s, V(1.0f));
-          (V::load_unaligned(g + i) * V::load_unaligned(y + i) * slope).store_unaligned(y + i);
-        }
-        store_tile<Arch>(params.dz, place, channels, steps, y);
-      }
+      store_backward_tile<Arch>(params, place, channels, steps, tile,
+                                block_quantities + kQuantities * block_floats);
     }
   }
 }

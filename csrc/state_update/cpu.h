@@ -14,10 +14,11 @@ using mamba_native::cpu::Isa;
 // Parallel over blocks of rows. Results depend on the instruction set, never on the threads.
 void update(const Params& params, Isa isa = mamba_native::cpu::current_isa());
 
+inline constexpr std::int64_t kBlock = 64;  // rows that a kernel takes at most
+inline constexpr std::int64_t kPad = 16;    // floats of the widest vector
+
 // Consecutive rows p of one (batch, head), with everything but the state already float32 and the
 // arrays over N padded with zeros to a multiple of kPad.
-inline constexpr std::int64_t kPad = 16;
-
 struct Rows {
   void* state;  // row 0
   DType dtype;
@@ -37,8 +38,6 @@ struct Rows {
   float* out;
   std::int64_t count;  // rows, at most kBlock
 };
-
-inline constexpr std::int64_t kBlock = 64;
 
 void update_rows_sse2(const Rows& rows);
 void update_rows_avx2(const Rows& rows);

@@ -23,11 +23,11 @@ bool is_tied(const Params& params) {
 Plan choose(const Params& params, const mamba_native::cuda::DeviceInfo& device) {
   const std::int64_t vector = 16 / size_of(params.state.dtype);
   const std::int64_t d_state = params.state.size[3];
-  int lanes = 2;
+  const bool tied = is_tied(params);
+  int lanes = tied ? 8 : 2;  // the narrowest rows of the table
   while (lanes < 32 && lanes * vector < d_state) {
     lanes *= 2;
   }
-  const bool tied = is_tied(params) && lanes >= 8;
   const bool vectors = d_state % vector == 0 && moves_vectors(params.state, vector) &&
                        (tied || moves_vectors(params.A, vector));
   Plan plan{0, 0};

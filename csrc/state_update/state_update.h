@@ -29,7 +29,10 @@ struct Params {
   TensorView z;                    // (B, H, P), optional
   TensorView dt_bias;              // (H, P), optional
   TensorView state_batch_indices;  // (B) int32 or int64, optional: state's row for each b; a
-                                   // negative one gives an output row of 0 and touches no state
+                                   // negative one gives an output row of 0 and touches no state.
+                                   // One beyond the state is an Error on the CPU; on CUDA, where
+                                   // nobody looks before the kernel does, its output is NaN and no
+                                   // state is touched. Two equal ones race.
   TensorView out;                  // (B, H, P), x's dtype
   bool dt_softplus = false;
   void* stream = nullptr;  // cudaStream_t

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <functional>
+#include <iterator>
 #include <random>
 #include <string>
 #include <vector>
@@ -525,6 +526,65 @@ TEST_P(LayerNormTarget, GradientsAreTheSameInEveryRun) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, LayerNormTarget, testing::ValuesIn(kTargets), target_name);
+
+// Rows that start 2^21 elements apart, so that the last ones lie beyond 2^31 elements.
+TEST(LayerNormCudaLarge, RowsBeyondTwoToThe31) {
+  const std::string reason = test::cuda_unavailable();
+  if (!reason.empty()) {
+    GTEST_SKIP() << reason;
+  }
+  for (const std::int64_t features : {256, 255}) {  // whole vectors, and not
+    const std::int64_t rows = 1030;
+    const std::int64_t distance = std::int64_t{1} << 21;
+    const Problem p = make(with("large",
+                                [&](Case& c) {
+                                  c.rows = rows;
+                                  c.features = features;
+                                  c.residual = c.stores_residual = false;
+                                }),
+                           DType::f32);
+    const Forward truth =
+        run_forward(p.to(true, test::kCpu), test::kCpu, &reference::forward<double>);
+    const Forward saved = saved_on(p, test::kCuda);
+    const Backward gradients = run_backward(p.to(true, test::kCpu), exact(saved_on(p, test::kCpu)),
+                                            test::kCpu, &reference::backward<double>);
+    const Problem there = p.to(false, test::kCuda);
+    const std::size_t row_bytes = static_cast<std::size_t>(features) * 4;
+    char* const memory =
+        static_cast<char*>(test::device_allocate(static_cast<std::size_t>(rows * distance) * 4));
+    const auto spread = [&](TensorView view) {
+      view.data = memory;
+      view.stride[0] = distance;
+      return view;
+    };
+    const auto row_of = [&](std::int64_t row) {
+      std::vector<float> values(static_cast<std::size_t>(features));
+      test::copy_from_device(values.data(), memory + static_cast<std::size_t>(row * distance) * 4,
+                             row_bytes);
+      return std::vector<double>(values.begin(), values.end());
+    };
+    const auto expected_row = [&](const Tensor& tensor, std::int64_t row) {
+      const std::vector<double> values = tensor.values();
+      return std::vector<double>(values.begin() + row * features,
+                                 values.begin() + (row + 1) * features);
+    };
+    // Outputs go to the spread rows, then backward writes its gradient there.
+    const Forward result = outputs_of(there, test::kCuda);
+    ForwardParams params = params_of(there, result);
+    params.y = spread(params.y);
+    forward(params);
+    for (const std::int64_t row : {std::int64_t{0}, std::int64_t{1024}, rows - 1}) {
+      EXPECT_LE(test::nmse(row_of(row), expected_row(truth.y, row)), 1e-12) << row;
+    }
+    Gradient g = gradient_of(there, saved, test::kCuda);
+    g.params.dx = spread(g.params.dx);
+    backward(g.params);
+    for (const std::int64_t row : {std::int64_t{0}, std::int64_t{1024}, rows - 1}) {
+      EXPECT_LE(test::nmse(row_of(row), expected_row(gradients.dx, row)), 1e-11) << row;
+    }
+    test::device_release(memory);
+  }
+}
 
 // ---- the oracle ----
 

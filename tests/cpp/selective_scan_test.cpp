@@ -231,7 +231,7 @@ struct Data {
   }
 };
 
-Data make(const Case& c, DType dtype, unsigned seed = 1) {
+Data make(const Case& c, DType dtype, unsigned seed = 3) {
   std::mt19937 random(seed);
   const DType sum = dtype == DType::f64 ? DType::f64 : DType::f32;
   const std::int64_t B = c.batch, D = c.channels, N = c.states;

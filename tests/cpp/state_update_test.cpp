@@ -440,6 +440,50 @@ TEST(StateUpdateCuda, AnEntryBeyondTheStateShowsAndIsNotTouched) {
   }
 }
 
+// The last of so many entries lies beyond 2^31 elements.
+TEST(StateUpdateCudaLarge, EntriesBeyondTwoToThe31) {
+  const std::string reason = test::cuda_unavailable();
+  if (!reason.empty()) {
+    GTEST_SKIP() << reason;
+  }
+  for (const std::int64_t states : {65, 64}) {  // the strided kernel and one with vectors
+    const Problem p = make(with("large",
+                                [&](Case& c) {
+                                  c.batch = 1;
+                                  c.heads = 16;
+                                  c.headdim = 64;
+                                  c.states = states;
+                                }),
+                           DType::f32);
+    const Expected expected(p);
+    const Problem there = p.to(false, test::kCuda);
+    const std::vector<unsigned char> entry = p.state.bytes();
+    const std::int64_t entries =
+        (std::int64_t{1} << 31) * 4 / static_cast<std::int64_t>(entry.size()) + 2;
+    const std::size_t offset = entry.size() * static_cast<std::size_t>(entries - 1);
+    char* const memory = static_cast<char*>(test::device_allocate(offset + entry.size()));
+    test::copy_to_device(memory + offset, entry.data(), entry.size());
+    const Tensor index =
+        Tensor::from_values(DType::i64, test::kCuda, {{1}}, {static_cast<double>(entries - 1)});
+    const Tensor out(DType::f32, test::kCuda, there.x.shape());
+    Params params = params_of(there);
+    params.state.data = memory;
+    params.state.size[0] = entries;
+    params.state_batch_indices = index.view();
+    params.out = out.view();
+    update(params);
+    std::vector<unsigned char> updated(entry.size());
+    test::copy_from_device(updated.data(), memory + offset, updated.size());
+    test::device_release(memory);
+    std::vector<double> state;
+    for (std::size_t i = 0; i < updated.size(); i += 4) {
+      state.push_back(load_double(updated.data() + i, DType::f32, 0));
+    }
+    EXPECT_TRUE(close("out", DType::f32, out, expected.truth.out, expected.yardstick.out));
+    EXPECT_LE(test::nmse(state, expected.truth.state.values()), 1e-11);
+  }
+}
+
 TEST(StateUpdateCpu, ResultsDoNotDependOnTheThreads) {
   const Problem p = make(with("threads",
                               [](Case& c) {
@@ -691,6 +735,7 @@ TEST(StateUpdatePlan, ChoosesTheRowThatTheTableNames) {
   EXPECT_EQ(mamba1.lanes, 2);
   EXPECT_EQ(config(planned(DType::f32, 1, 1, 1536, 16, false)).lanes, 4);
   EXPECT_EQ(config(planned(DType::f32, 1, 8, 64, 1024, true)).lanes, 32);
+  EXPECT_TRUE(config(planned(DType::bf16, 1, 8, 64, 16, true)).tied) << "though lanes idle";
   EXPECT_EQ(config(planned(DType::f32, 1, 8, 64, 13, true)).lanes, 0) << "13 is no whole vector";
   Params strided = planned(DType::bf16, 64, 80, 64, 128, true);
   strided.state.stride[3] = 2;

@@ -16,7 +16,6 @@ from wheels import native_libraries
 TARGET = (2, 10)
 SYSTEM_ELF = r"lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+)\.so\.\d+|ld-linux-x86-64\.so\.2"
 SYSTEM_PE = r"kernel32|ucrtbase|msvcp140\w*|vcruntime140\w*|api-ms-win-crt-[\w-]+"
-LIBRARIES = native_libraries()
 
 
 def shims():
@@ -57,42 +56,43 @@ def imports_of_pe(library):
     return needed, set(re.findall(r"^ +[0-9A-F]+ (\w+)$", section[1], re.MULTILINE))
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda library: library[0])
-def imported(request, tmp_path):
-    name, data = request.param
-    library = tmp_path / name
-    library.write_bytes(data)
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native")
+    for name, data in native_libraries():
+        (folder / name).write_bytes(data)
+    found = sorted(folder.iterdir())
+    assert found
+    return found
+
+
+def imports(library):
     return imports_of_pe(library) if sys.platform == "win32" else imports_of_elf(library)
 
 
-def test_there_is_a_library():
-    assert LIBRARIES
-
-
-def test_symbols_are_shims_of_the_target_version(imported):
-    _, names = imported
+def test_symbols_are_shims_of_the_target_version(libraries):
     known = shims()
-    assert "torch_library_impl" in names
-    assert not sorted(names - set(known)), "not among torch's C shims"
-    late = {name: known[name] for name in names if known[name] > TARGET}
-    assert not late, "newer than the torch that the wheel asks for"
+    for library in libraries:
+        _, names = imports(library)
+        assert "torch_library_impl" in names
+        assert not sorted(names - set(known)), f"{library.name}: not among torch's C shims"
+        late = {name: known[name] for name in names if known[name] > TARGET}
+        assert not late, f"{library.name}: newer than the torch that the wheel asks for"
 
 
-def test_libraries_are_torch_cpu_and_the_systems(imported):
-    needed, _ = imported
+def test_libraries_are_torch_cpu_and_the_systems(libraries):
     system = SYSTEM_PE if sys.platform == "win32" else SYSTEM_ELF
-    names = [name.lower().removesuffix(".dll") for name in needed]
     ours = {"torch_cpu"} if sys.platform == "win32" else {"libtorch_cpu.so"}
-    assert {name for name in names if not re.fullmatch(system, name)} == ours
+    for library in libraries:
+        needed = [name.lower().removesuffix(".dll") for name in imports(library)[0]]
+        assert {name for name in needed if not re.fullmatch(system, name)} == ours
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF only")
-@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library[0])
-def test_no_search_path_and_no_symbol_of_ours_or_cudas(library, tmp_path):
-    name, data = library
-    file = tmp_path / name
-    file.write_bytes(data)
-    assert not re.search(r"\((RPATH|RUNPATH)\)", read("readelf", "-dW", file))
-    symbols = read("readelf", "--dyn-syms", "-W", file)
-    exported = re.findall(r"\s(?:GLOBAL|WEAK)\s+DEFAULT\s+\d+ (\S+)$", symbols, re.MULTILINE)
-    assert not [symbol for symbol in exported if re.search("mamba|cuda|^cu[A-Z]", symbol)]
+def test_stripped_without_search_path_and_showing_no_symbol_of_ours_or_cudas(libraries):
+    for library in libraries:
+        assert ".symtab" not in read("readelf", "-SW", library)
+        assert not re.search(r"\((RPATH|RUNPATH)\)", read("readelf", "-dW", library))
+        symbols = read("readelf", "--dyn-syms", "-W", library)
+        exported = re.findall(r"\s(?:GLOBAL|WEAK)\s+DEFAULT\s+\d+ (\S+)$", symbols, re.MULTILINE)
+        assert not [symbol for symbol in exported if re.search("mamba|cuda|^cu[A-Z]", symbol)]

