@@ -169,13 +169,13 @@ __device__ __forceinline__ void forward_rows(const DeviceForward<T>& p,
 }
 
 template <int CHANNELS>
-inline constexpr int kForwardBlocks = CHANNELS >= 8 ? 4 : 6;  // per multiprocessor
+inline constexpr int kForwardBlocks = CHANNELS >= 8 ? 4 : 5;  // per multiprocessor
 
 template <class T, int WIDTH, int CHANNELS>
 __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks<CHANNELS>)
     forward_along_channels(const DeviceForward<T> p) {
   constexpr int kHalo = WIDTH - 1;
-  constexpr int kRows = 4;
+  constexpr int kRows = CHANNELS >= 8 ? 3 : 4;
   const std::int64_t d =
       (std::int64_t{blockIdx.x / p.segments} * blockDim.x + threadIdx.x) * CHANNELS;
   const std::int64_t first =

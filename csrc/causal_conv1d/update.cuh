@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const DeviceUpda
     T next = *p.x.at(b, d, 0);
     if (p.cache_seqlens == nullptr) {
       const std::int64_t kept = p.tokens < p.state_len ? p.state_len - p.tokens : 0;
+#pragma unroll 1
       for (std::int64_t j = 0; j < kept; j += kMove) {
         T columns[kMove];
 #pragma unroll
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const DeviceUpda
       }
     }
     std::int64_t slot = p.cache_seqlens == nullptr ? p.state_len - p.tokens : start;
+#pragma unroll 1
     for (std::int64_t i = 0; i < p.tokens; ++i) {
       const T token = next;
       if (i + 1 < p.tokens) {

@@ -15,6 +15,8 @@ if(MAMBA_XSIMD_DIR)
   endif()
   target_include_directories(mamba_xsimd SYSTEM INTERFACE "${MAMBA_XSIMD_DIR}")
 else()
+  message(STATUS "xsimd: an installed 14.1, else fetched by git; where no git host answers, unpack PyPI's wheel "
+                 "pythran==0.19.0, which carries it, and give -DMAMBA_XSIMD_DIR=<its folder pythran>")
   FetchContent_Declare(xsimd
     GIT_REPOSITORY https://github.com/xtensor-stack/xsimd.git
     GIT_TAG 4050d947536137280ee9c01f2ec73fb3071e63f4 # 14.1.0

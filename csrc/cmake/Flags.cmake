@@ -53,7 +53,6 @@ endif()
 if(NVCC_THREADS)
   _mamba_nvcc_flags(--threads=${NVCC_THREADS})
 endif()
-if(MAX_JOBS)
+if(MAX_JOBS) # the pool that the CUDA sources compile in
   set_property(GLOBAL APPEND PROPERTY JOB_POOLS nvcc=${MAX_JOBS})
-  set(CMAKE_JOB_POOL_COMPILE_CUDA nvcc) # read by KernelSources
 endif()

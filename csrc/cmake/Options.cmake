@@ -18,6 +18,11 @@ set(MAMBA_DIST_DIR "${PROJECT_SOURCE_DIR}/dist" CACHE PATH "Where target wheel l
 set(MAMBA_WHEEL_LIBRARIES "" CACHE STRING
     "Op libraries of other builds that the wheel carries too, as that of the other CUDA major")
 
+# The virtual environment that scripts/ make, where no other is active.
+if(EXISTS "${PROJECT_SOURCE_DIR}/.venv" AND NOT DEFINED ENV{VIRTUAL_ENV} AND NOT DEFINED Python_ROOT_DIR)
+  set(Python_ROOT_DIR "${PROJECT_SOURCE_DIR}/.venv")
+endif()
+
 # As torch is built: the release runtime in every configuration, so that both share one heap.
 set(CMAKE_MSVC_RUNTIME_LIBRARY MultiThreadedDLL)
 set(CMAKE_MSVC_DEBUG_INFORMATION_FORMAT Embedded)

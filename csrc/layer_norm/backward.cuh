@@ -88,24 +88,29 @@ __device__ __forceinline__ void normalise(const Backward& p, const Vector& h, co
   }
 }
 
-// dh from xhat, w dy and the two means of its row; stores dx and dresidual.
+// The part of dh that needs no sum over the row: w dy rstd + dresidual_out.
+__device__ __forceinline__ void add_direct(const Backward& p, const Vector& dresidual_out,
+                                           float rstd, float (&wdy)[kVector]) {
+  float more[kVector] = {};
+  if (p.dresidual_out.data != nullptr) {
+    to_floats(dresidual_out, p.dresidual_out.dtype, more);
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    wdy[i] = fmaf(wdy[i], rstd, more[i]);
+  }
+}
+
+// dh = direct - (xhat c1 + c2) rstd; stores dx and dresidual.
 template <class T, bool WHOLE>
 __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t row, int column,
                                                const float (&xhat)[kVector],
-                                               const float (&wdy)[kVector], float c1, float c2,
-                                               float rstd, const Vector& dresidual_out) {
+                                               const float (&direct)[kVector], float c1, float c2,
+                                               float rstd) {
   float dh[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    dh[i] = (wdy[i] - xhat[i] * c1 - c2) * rstd;
-  }
-  if (p.dresidual_out.data != nullptr) {
-    float more[kVector];
-    to_floats(dresidual_out, p.dresidual_out.dtype, more);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      dh[i] += more[i];
-    }
+    dh[i] = fmaf(-rstd, fmaf(xhat[i], c1, c2), direct[i]);
   }
   store_vector<WHOLE>(p.dx, kDTypeOf<T>, row, column, p.features, dh);
   if (p.dresidual.data != nullptr) {
@@ -141,8 +146,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
     // stays in the L1 cache.
     const float rstd = loaded.rstd;
     float xhat[VECTORS][kVector];
-    float wdy[VECTORS][kVector];
-    Vector dresidual_out[VECTORS];
+    float direct[VECTORS][kVector];
     float sums[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
@@ -151,15 +155,15 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
       to_floats(load_vector<true>(p.weight, p.weight.dtype, 0, column_of(v), p.features),
                 p.weight.dtype, weight);
       normalise<T>(p, loaded.h[v], loaded.dy[v], loaded.mean, rstd, xhat[v], dy);
-      dresidual_out[v] = loaded.dresidual_out[v];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        wdy[v][i] = weight[i] * dy[i];
-        sums[0] = fmaf(xhat[v][i], wdy[v][i], sums[0]);
-        sums[1] += wdy[v][i];
+        direct[v][i] = weight[i] * dy[i];
+        sums[0] = fmaf(xhat[v][i], direct[v][i], sums[0]);
+        sums[1] += direct[v][i];
         dweight[v][i] = fmaf(dy[i], xhat[v][i], dweight[v][i]);
         dbias[v][i] += dy[i];
       }
+      add_direct(p, loaded.dresidual_out[v], rstd, direct[v]);
     }
 
     // 2. The next row's loads, then this row's sums.
@@ -174,8 +178,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
     if (row < p.rows) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        store_gradient<T, true>(p, row, column_of(v), xhat[v], wdy[v], c1, c2, rstd,
-                                dresidual_out[v]);
+        store_gradient<T, true>(p, row, column_of(v), xhat[v], direct[v], c1, c2, rstd);
       }
     }
   }
@@ -244,7 +247,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
           sums[1] += wdy[i];
         }
         if (pass == 1) {
-          store_gradient<T, false>(p, row, column, xhat, wdy, c1, c2, rstd, dresidual_out);
+          add_direct(p, dresidual_out, rstd, wdy);
+          store_gradient<T, false>(p, row, column, xhat, wdy, c1, c2, rstd);
         }
       }
       if (pass == 0) {

@@ -82,7 +82,7 @@ Tensor empty_ordered(const Tensor& like, const Sizes& sizes, const std::vector<i
     step *= sizes[dim] > 0 ? sizes[dim] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)),
       like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),

@@ -23,7 +23,7 @@ struct Work {
 
 void torch_parallel(std::int64_t count, std::int64_t grain, ParallelBody body, void* context) {
   Work work{body, context};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, &Work::run, &work));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, &Work::run, &work));
 }
 
 // JSON, for the loader, the benchmark and bug reports.

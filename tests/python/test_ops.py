@@ -202,6 +202,10 @@ def _wider(t):
     return torch.cat([t, t], dim=-1)
 
 
+def _taller(t):
+    return torch.cat([t, t])
+
+
 def _integer(t):
     return t.to(torch.int64)
 
@@ -230,7 +234,7 @@ BAD = {
     "selective_scan_forward": {
         "u": [_flat, _integer, _complex],
         "delta": [_wider, _half],
-        "A": [_flat, _wider, _half],
+        "A": [_flat, _taller, _half],
         "B": [_flat, _wider, _half],
         "C": [_flat, _wider, _half],
         "D": [_wider, _half],
