@@ -1,16 +1,16 @@
 // Backward convolution on CUDA.
 //
 //   dp[t]      = dout[t] act'(p[t]), p recomputed; 0 where seq_idx[t] < 0
-//   dx[t]      = sum_w weight[w] dp[t + (W-1-w)]  (+ dfinal_states), likewise for the columns before x
-//   dweight[w] = sum_{b,t} dp[t] x[t - (W-1-w)],  dbias = sum_{b,t} dp[t]
+//   dx[t]      = sum_w weight[w] dp[t + (W-1-w)]  (+ dfinal_states), likewise for the columns
+//   before x dweight[w] = sum_{b,t} dp[t] x[t - (W-1-w)],  dbias = sum_{b,t} dp[t]
 //
 // along_time      channel-first. A thread has ITEMS steps of a channel and recomputes dp of the W-1
 //                 steps behind them, so that nothing is exchanged. It walks `steps` vectors,
 //                 blockDim.x apart. blockDim = (lanes along time, channels)
 // along_channels  channel-last. A thread slides over `steps` steps of CHANNELS channels with the
-//                 last W-1 columns of x and of unfinished dx in registers; step t adds its dp to the
-//                 W columns that its output saw and completes the oldest. It goes W-1 steps beyond
-//                 its own. blockDim = (lanes along channels, segments of time)
+//                 last W-1 columns of x and of unfinished dx in registers; step t adds its dp to
+//                 the W columns that its output saw and completes the oldest. It goes W-1 steps
+//                 beyond its own. blockDim = (lanes along channels, segments of time)
 //
 // Sums over time and batch stay in registers, are added up within the warp (along_time) or within
 // the thread block through shared memory (along_channels), and leave as one float atomic per
@@ -192,8 +192,8 @@ struct BackwardState {
   float dbias[CHANNELS];
 };
 
-// ROWS steps of `valid` channels from (d, t) on, of which `readable` exist: none beyond the sequence.
-// `owned`: they count in the thread's sums. dx is stored for the columns from `first` on.
+// ROWS steps of `valid` channels from (d, t) on, of which `readable` exist: none beyond the
+// sequence. `owned`: they count in the thread's sums. dx is stored for the columns from `first` on.
 template <int ROWS, class T, int WIDTH, int CHANNELS>
 __device__ __forceinline__ void backward_rows(const DeviceBackward<T>& p,
                                               const Taps<CHANNELS, WIDTH>& taps, std::int64_t b,
@@ -325,8 +325,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_along_channels(const Dev
   const bool live = d < p.in.channels && (first < length || first == 0);
   const int valid = static_cast<int>(min(p.in.channels - d, std::int64_t{CHANNELS}));
   const std::int64_t end = min(first + p.steps, length);
-  const bool vectors =
-      p.in.x.vectorize && p.dout.vectorize && p.dx.vectorize && valid == CHANNELS;
+  const bool vectors = p.in.x.vectorize && p.dout.vectorize && p.dx.vectorize && valid == CHANNELS;
   Taps<CHANNELS, WIDTH> taps;
   load_taps(p.in.weights, d, live ? valid : 0, taps);
   BackwardState<CHANNELS, WIDTH> state;
@@ -447,7 +446,7 @@ void backward(const BackwardParams& params, const Plan& plan) {
   const dim3 block(static_cast<unsigned>(plan.lanes), static_cast<unsigned>(plan.groups));
   backward_launcher<T>(plan.config, params.in.weight.size[1],
                        std::make_integer_sequence<int, kBackwardConfigCount>())(p, grid, block,
-                                                                                 stream);
+                                                                                stream);
 }
 
 }  // namespace mamba_native::causal_conv1d::cuda

@@ -150,9 +150,9 @@ void validate(const UpdateParams& p) {
               describe(state));
   MAMBA_CHECK(state.size[2] >= p.weight.size[1] - 1, kUpdate, ": conv_state must hold at least ",
               p.weight.size[1] - 1, " columns (width - 1), got ", describe(state));
-  check_like(kUpdate, "conv_state", state, x,
-             {p.conv_state_indices.present() ? state.size[0] : x.size[0], x.size[1],
-              state.size[2]});
+  check_like(
+      kUpdate, "conv_state", state, x,
+      {p.conv_state_indices.present() ? state.size[0] : x.size[0], x.size[1], state.size[2]});
   check_written(kUpdate, "conv_state", state);
   check_like(kUpdate, "out", p.out, x, {x.size[0], x.size[1], x.size[2]});
   check_written(kUpdate, "out", p.out);

@@ -63,7 +63,7 @@ struct UpdateParams {
   TensorView cache_seqlens;       // (B) int32, optional, >= 0
   TensorView conv_state_indices;  // (B) int32, optional: conv_state's row for each b; a negative
                                   // one gives an output row of 0 and touches no state
-  TensorView out;  // (B, D, S), x's dtype
+  TensorView out;                 // (B, D, S), x's dtype
   bool silu = false;
   void* stream = nullptr;
 };

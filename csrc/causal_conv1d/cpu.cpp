@@ -1,7 +1,7 @@
 #include "causal_conv1d/cpu.h"
 
 #include <algorithm>
-#include <cstring>
+#include <utility>
 
 #include "causal_conv1d/plan.h"
 #include "causal_conv1d/reference.h"
@@ -36,39 +36,54 @@ const KernelsOfWidth& kernels_of(Isa isa, std::int64_t width) {
   fail("causal_conv1d: no SIMD kernels for instruction set ", static_cast<int>(isa));
 }
 
-char* address(const TensorView& tensor, std::int64_t i, std::int64_t j, std::int64_t k) {
-  return tensor.as<char>() +
-         (i * tensor.stride[0] + j * tensor.stride[1] + k * tensor.stride[2]) *
-             size_of(tensor.dtype);
+// A line of channels of one column: the first element and the distance to the next.
+struct Line {
+  char* first;
+  std::int64_t step;  // in elements
+};
+
+Line line(const TensorView& tensor, std::int64_t b, std::int64_t d, std::int64_t column) {
+  const std::int64_t offset =
+      b * tensor.stride[0] + d * tensor.stride[1] + column * tensor.stride[2];
+  return {tensor.as<char>() + offset * size_of(tensor.dtype), tensor.stride[1]};
 }
 
-// Elements of a CPU kernel's dtypes have 2 or 4 bytes.
-void copy_element(char* to, const char* from, std::int64_t bytes) {
-  if (bytes == 2) {
-    std::memcpy(to, from, 2);
-  } else {
-    std::memcpy(to, from, 4);
+template <class Bits>
+void copy_bits(const Line& to, const Line& from, std::int64_t count) {
+  Bits* target = reinterpret_cast<Bits*>(to.first);
+  const Bits* source = reinterpret_cast<const Bits*>(from.first);
+  for (std::int64_t i = 0; i < count; ++i) {
+    target[i * to.step] = source[i * from.step];
   }
+}
+
+// Copies `count` elements of a CPU kernel's dtypes, which have 2 or 4 bytes.
+void copy_line(const Line& to, const Line& from, std::int64_t count, DType dtype) {
+  if (size_of(dtype) == 2) {
+    copy_bits<std::uint16_t>(to, from, count);
+  } else {
+    copy_bits<std::uint32_t>(to, from, count);
+  }
+}
+
+// +0 in every dtype, for as long a line as needed.
+Line zeros() {
+  static std::uint32_t zero = 0;
+  return {reinterpret_cast<char*>(&zero), 0};
 }
 
 // The last W-1 columns of [initial_states, x].
 void write_final_states(const ForwardParams& params) {
   const TensorView& x = params.in.x;
   const TensorView& initial = params.in.initial_states;
-  const TensorView& final_states = params.final_states;
-  const std::int64_t halo = final_states.size[2];
-  const std::int64_t bytes = size_of(x.dtype);
+  const std::int64_t halo = params.final_states.size[2];
   for (std::int64_t b = 0; b < x.size[0]; ++b) {
     for (std::int64_t j = 0; j < halo; ++j) {
       const std::int64_t t = x.size[2] - halo + j;
-      const bool known = t >= 0 || initial.present();
-      constexpr char kZero[4] = {0, 0, 0, 0};
-      for (std::int64_t d = 0; d < x.size[1]; ++d) {
-        const char* from = !known   ? kZero
-                           : t >= 0 ? address(x, b, d, t)
-                                    : address(initial, b, d, t + halo);
-        copy_element(address(final_states, b, d, j), from, bytes);
-      }
+      const Line from = t >= 0              ? line(x, b, 0, t)
+                        : initial.present() ? line(initial, b, 0, t + halo)
+                                            : zeros();
+      copy_line(line(params.final_states, b, 0, j), from, x.size[1], x.dtype);
     }
   }
 }
@@ -90,18 +105,14 @@ void update_block(const KernelsOfWidth& kernels, const UpdateParams& params, std
   const std::int64_t tokens = params.x.size[2];
   const std::int64_t state_len = state.size[2];
   const std::int64_t halo = params.weight.size[1] - 1;
-  const std::int64_t bytes = size_of(state.dtype);
   const std::int64_t first = index * kChannelBlock;
   const std::int64_t channels = std::min<std::int64_t>(kChannelBlock, params.x.size[1] - first);
   const TensorView& indices = params.conv_state_indices;
   const std::int64_t row =
       indices.present() ? indices.as<const std::int32_t>()[b * indices.stride[0]] : b;
   if (row < 0) {
-    constexpr char kZero[4] = {0, 0, 0, 0};
     for (std::int64_t i = 0; i < tokens; ++i) {
-      for (std::int64_t d = first; d < first + channels; ++d) {
-        copy_element(address(params.out, b, d, i), kZero, bytes);
-      }
+      copy_line(line(params.out, b, first, i), zeros(), channels, state.dtype);
     }
     return;
   }
@@ -111,42 +122,36 @@ void update_block(const KernelsOfWidth& kernels, const UpdateParams& params, std
       circular ? seqlens.as<const std::int32_t>()[b * seqlens.stride[0]] % state_len : state_len;
 
   // A copy, because a circular context wraps and the buffer changes below.
-  char context[3 * kChannelBlock * 4];
-  for (std::int64_t j = 0; j < halo; ++j) {
-    const std::int64_t column = (start - halo + j + state_len) % state_len;
-    for (std::int64_t d = 0; d < channels; ++d) {
-      copy_element(context + (j * kChannelBlock + d) * bytes,
-                   address(state, row, first + d, column), bytes);
-    }
-  }
+  std::uint32_t context[3 * kChannelBlock];
   ForwardParams conv;
+  conv.in.initial_states = TensorView(context, state.dtype, {1, halo, channels});
+  std::swap(conv.in.initial_states.size[1], conv.in.initial_states.size[2]);
+  std::swap(conv.in.initial_states.stride[1], conv.in.initial_states.stride[2]);
+  for (std::int64_t j = 0; j < halo; ++j) {
+    copy_line(line(conv.in.initial_states, 0, 0, j),
+              line(state, row, first, (start - halo + j + state_len) % state_len), channels,
+              state.dtype);
+  }
   conv.in.x = slice(slice(params.x, 0, b, 1), 1, first, channels);
   conv.in.weight = slice(params.weight, 0, first, channels);
   conv.in.bias = slice(params.bias, 0, first, channels);
-  conv.in.initial_states = TensorView(context, state.dtype, {1, channels, halo});
-  conv.in.initial_states.stride[1] = 1;
-  conv.in.initial_states.stride[2] = kChannelBlock;
   conv.in.silu = params.silu;
   conv.out = slice(slice(params.out, 0, b, 1), 1, first, channels);
   kernels.forward_block(conv, 0, 0, 0, tokens);
 
   if (circular) {
     for (std::int64_t i = 0; i < tokens; ++i) {
-      for (std::int64_t d = first; d < first + channels; ++d) {
-        copy_element(address(state, row, d, (start + i) % state_len), address(params.x, b, d, i),
-                     bytes);
-      }
+      copy_line(line(state, row, first, (start + i) % state_len), line(params.x, b, first, i),
+                channels, state.dtype);
     }
     return;
   }
   for (std::int64_t j = 0; j < state_len; ++j) {
     const std::int64_t from = j + tokens;  // column of [conv_state, x]
-    for (std::int64_t d = first; d < first + channels; ++d) {
-      copy_element(address(state, row, d, j),
-                   from < state_len ? address(state, row, d, from)
-                                    : address(params.x, b, d, from - state_len),
-                   bytes);
-    }
+    copy_line(line(state, row, first, j),
+              from < state_len ? line(state, row, first, from)
+                               : line(params.x, b, first, from - state_len),
+              channels, state.dtype);
   }
 }
 

@@ -120,16 +120,15 @@ void read_columns(const Inputs& in, std::int64_t b, std::int64_t d, std::int64_t
     to[done] = 0.0f;
     if (in.initial_states.present()) {
       const TensorView& states = in.initial_states;
-      read_line<Arch>(states,
-                      b * states.stride[0] + d * states.stride[1] +
-                          (first + done + kHalo) * states.stride[2],
-                      1, 1, to + done);
+      read_line<Arch>(
+          states,
+          b * states.stride[0] + d * states.stride[1] + (first + done + kHalo) * states.stride[2],
+          1, 1, to + done);
     }
   }
   const std::int64_t left = in.x.size[2] - (first + done);
   const int inside = left < count - done ? static_cast<int>(left < 0 ? 0 : left) : count - done;
-  read_line<Arch>(in.x,
-                  b * in.x.stride[0] + d * in.x.stride[1] + (first + done) * in.x.stride[2],
+  read_line<Arch>(in.x, b * in.x.stride[0] + d * in.x.stride[1] + (first + done) * in.x.stride[2],
                   in.x.stride[2], inside, to + done);
   fill<Arch>(to + done + inside, count - done - inside, 0.0f);
 }
@@ -163,9 +162,8 @@ using Ints = xsimd::batch<std::int32_t, Arch>;
 template <class Arch>
 MAMBA_ALWAYS_INLINE Vec<Arch> where_seen(const SeqLine<Arch>& seq, int output, int tap,
                                          Vec<Arch> value) {
-  const Mask<Arch> seen =
-      xsimd::batch_bool_cast<float>(Ints<Arch>::load_unaligned(seq.output + output) ==
-                                    Ints<Arch>::load_unaligned(seq.tap + tap));
+  const Mask<Arch> seen = xsimd::batch_bool_cast<float>(
+      Ints<Arch>::load_unaligned(seq.output + output) == Ints<Arch>::load_unaligned(seq.tap + tap));
   return xsimd::select(seen, value, Vec<Arch>(0.0f));
 }
 
@@ -260,10 +258,10 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
       read_columns<Arch, WIDTH>(in, b, d, t - kHalo, kHalo + with_halo, x + kPad - kHalo);
       const std::int64_t left = length - t;
       const int known = left < with_halo ? static_cast<int>(left) : with_halo;
-      read_line<Arch>(params.dout,
-                      b * params.dout.stride[0] + d * params.dout.stride[1] +
-                          t * params.dout.stride[2],
-                      params.dout.stride[2], known, dp);
+      read_line<Arch>(
+          params.dout,
+          b * params.dout.stride[0] + d * params.dout.stride[1] + t * params.dout.stride[2],
+          params.dout.stride[2], known, dp);
       fill<Arch>(dp + known, with_halo - known, 0.0f);
       if constexpr (MASKED) {
         seq.read(in.seq_idx, b, t - kHalo, kPad - kHalo, kHalo + with_halo);
@@ -271,8 +269,8 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
       for (int i = 0; i < with_halo; i += kLanes<Arch>) {
         Vec<Arch> grad = Vec<Arch>::load_unaligned(dp + i);
         if (in.silu) {
-          grad *= silu_grad<Arch>(
-              pre_activation<Arch, WIDTH, MASKED>(x, seq, kPad + i, weight, bias));
+          grad *=
+              silu_grad<Arch>(pre_activation<Arch, WIDTH, MASKED>(x, seq, kPad + i, weight, bias));
         }
         if constexpr (MASKED) {
           grad = where_seen<Arch>(seq, kPad + i, kPad + i, grad);
@@ -309,10 +307,9 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
         const std::int64_t first = length - kHalo;  // the step of dfinal's column 0
         for (std::int64_t s = first > t ? first : t; s < t + count; ++s) {
           float extra;
-          read_line<Arch>(dfinal,
-                          b * dfinal.stride[0] + d * dfinal.stride[1] +
-                              (s - first) * dfinal.stride[2],
-                          1, 1, &extra);
+          read_line<Arch>(
+              dfinal, b * dfinal.stride[0] + d * dfinal.stride[1] + (s - first) * dfinal.stride[2],
+              1, 1, &extra);
           dx[s - t] += extra;
         }
       }
@@ -326,10 +323,9 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
         }
         if (dfinal.present() && j >= length) {
           float extra;
-          read_line<Arch>(dfinal,
-                          b * dfinal.stride[0] + d * dfinal.stride[1] +
-                              (j - length) * dfinal.stride[2],
-                          1, 1, &extra);
+          read_line<Arch>(
+              dfinal, b * dfinal.stride[0] + d * dfinal.stride[1] + (j - length) * dfinal.stride[2],
+              1, 1, &extra);
           sum += extra;
         }
         write_line<Arch>(&sum, dinitial,
@@ -456,10 +452,10 @@ void forward_block(const ForwardParams& params, std::int64_t b, std::int64_t ind
         pre_activation<Arch>(block, i).store_unaligned(out + i);
       }
     }
-    write_line<Arch>(out, params.out,
-                     b * params.out.stride[0] + block.first * params.out.stride[1] +
-                         t * params.out.stride[2],
-                     params.out.stride[1], block.count);
+    write_line<Arch>(
+        out, params.out,
+        b * params.out.stride[0] + block.first * params.out.stride[1] + t * params.out.stride[2],
+        params.out.stride[1], block.count);
   }
 }
 

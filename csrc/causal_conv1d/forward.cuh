@@ -50,8 +50,7 @@ template <class T, int WIDTH, int ITEMS>
 __global__ void __launch_bounds__(kMaxThreads) forward_along_time(const DeviceForward<T> p) {
   constexpr int kHalo = WIDTH - 1;
   const std::int64_t d = std::int64_t{blockIdx.x / p.segments} * blockDim.y + threadIdx.y;
-  const std::int64_t t =
-      (std::int64_t{blockIdx.x % p.segments} * blockDim.x + threadIdx.x) * ITEMS;
+  const std::int64_t t = (std::int64_t{blockIdx.x % p.segments} * blockDim.x + threadIdx.x) * ITEMS;
   if (d >= p.in.channels || (t >= p.in.length && t > 0)) {
     return;
   }
@@ -117,8 +116,7 @@ template <int ROWS, class T, int WIDTH, int CHANNELS>
 __device__ __forceinline__ void forward_rows(const DeviceForward<T>& p,
                                              const Taps<CHANNELS, WIDTH>& taps, std::int64_t b,
                                              std::int64_t d, std::int64_t t, int valid,
-                                             bool vectors,
-                                             Window<CHANNELS, WIDTH - 1>& window) {
+                                             bool vectors, Window<CHANNELS, WIDTH - 1>& window) {
   constexpr int kHalo = WIDTH - 1;
   Vector<T, CHANNELS> rows[ROWS];
 #pragma unroll
@@ -204,8 +202,8 @@ __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks<CHANNELS>)
     for (; vectors && t + kRows <= end; t += kRows) {
       forward_rows<kRows>(p, taps, b, d, t, CHANNELS, true, window);
     }
-    // The rest, and what cannot be vectors: a row at a time, since single elements of many rows would
-    // take the registers that decide the occupancy.
+    // The rest, and what cannot be vectors: a row at a time, since single elements of many rows
+    // would take the registers that decide the occupancy.
     for (; t < end; ++t) {
       forward_rows<1>(p, taps, b, d, t, valid, vectors, window);
     }

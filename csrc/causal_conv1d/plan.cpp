@@ -70,7 +70,8 @@ Plan make_plan(const Config& config, int row, const Inputs& in,
   Plan plan;
   plan.config = row;
   plan.batches = std::min(batch, kMaxGridY);
-  const std::int64_t vectors = std::max<std::int64_t>(ceil_div(along_time ? length : channels, items), 1);
+  const std::int64_t vectors =
+      std::max<std::int64_t>(ceil_div(along_time ? length : channels, items), 1);
   const std::int64_t others = std::max<std::int64_t>(along_time ? channels : length, 1);
   plan.lanes = static_cast<int>(std::min(most_lanes, power_of_two_from(vectors)));
   plan.steps = most_steps;
@@ -117,8 +118,9 @@ std::string describe(const Config& config) {
 Plan choose_forward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device, int forced) {
   const int row = choose_row(kForwardConfigs, in.x, forced);
   const Config& config = kForwardConfigs[row];
+  // 12, 24 and 48 steps are whole groups of the 3 or 4 rows that a thread has in flight.
   return config.axis == Axis::time ? make_plan(config, row, in, device, kMaxThreads, 1, 1)
-                                   : make_plan(config, row, in, device, kWarp, 64, 8);
+                                   : make_plan(config, row, in, device, kWarp, 48, 12);
 }
 
 // Backward threads of a warp sum their shares of dweight, so its lanes do not leave the warp.

@@ -17,8 +17,8 @@ namespace cuda {
 // What a thread's vectors lie along.
 enum class Axis { time, channels };
 
-// One row = one kernel per direction, width and dtype: a thread moves that many consecutive elements
-// of 2 or of 4 bytes at once.
+// One row = one kernel per direction, width and dtype: a thread moves that many consecutive
+// elements of 2 or of 4 bytes at once.
 struct Config {
   Axis axis;
   int items_of_2_bytes;
@@ -69,7 +69,8 @@ Plan choose_forward(const Inputs& in, const mamba_native::cuda::DeviceInfo& devi
 Plan choose_backward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device,
                      int forced = -1);
 
-// True when strides and address let a tensor (B, D, L) or (B, D, W-1) move in the vectors of `config`.
+// True when strides and address let a tensor (B, D, L) or (B, D, W-1) move in the vectors of
+// `config`.
 bool moves_vectors(const TensorView& tensor, const Config& config);
 
 // T is the host's type of x's elements: float, Half or BFloat16.

@@ -53,9 +53,8 @@ struct Convolution {
 
   // Whether the output at t sees the column at `tap`.
   bool sees(std::int64_t b, std::int64_t t, std::int64_t tap) const {
-    return !in.seq_idx.present() ||
-           (tap >= 0 && !is_padding(b, t) &&
-            get_index(in.seq_idx, b, tap) == get_index(in.seq_idx, b, t));
+    return !in.seq_idx.present() || (tap >= 0 && !is_padding(b, t) &&
+                                     get_index(in.seq_idx, b, tap) == get_index(in.seq_idx, b, t));
   }
 
   Scalar pre_activation(std::int64_t b, std::int64_t d, std::int64_t t) const {
@@ -117,7 +116,8 @@ void backward(const BackwardParams& params) {
           const std::int64_t tap = t - (halo - w);
           if (conv.sees(b, t, tap)) {
             dweight[static_cast<std::size_t>(w)] += dp * conv.column(b, d, tap);
-            dcolumn[static_cast<std::size_t>(halo + tap)] += dp * get<Scalar>(params.in.weight, d, w);
+            dcolumn[static_cast<std::size_t>(halo + tap)] +=
+                dp * get<Scalar>(params.in.weight, d, w);
           }
         }
       }
@@ -168,8 +168,7 @@ void update(const UpdateParams& params) {
       line.clear();
       const std::int64_t context = circular ? halo : state_len;
       for (std::int64_t j = 0; j < context; ++j) {
-        const std::int64_t column =
-            circular ? (start - halo + j + state_len) % state_len : j;
+        const std::int64_t column = circular ? (start - halo + j + state_len) % state_len : j;
         line.push_back(get<Scalar>(state, entry, d, column));
       }
       for (std::int64_t i = 0; i < tokens; ++i) {

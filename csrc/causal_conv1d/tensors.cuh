@@ -1,5 +1,5 @@
-// How the convolution's kernels see their tensors: pointers with 64-bit strides, read and written in
-// vectors where the addresses allow it and one element at a time where they do not.
+// How the convolution's kernels see their tensors: pointers with 64-bit strides, read and written
+// in vectors where the addresses allow it and one element at a time where they do not.
 #pragma once
 
 #include <cstdint>
@@ -117,8 +117,8 @@ struct Vector {
     } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
       return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
     } else {
-      return __half2float(__ushort_as_half(
-          static_cast<unsigned short>(i % 2 == 0 ? word & 0xffffu : word >> 16)));
+      return __half2float(
+          __ushort_as_half(static_cast<unsigned short>(i % 2 == 0 ? word & 0xffffu : word >> 16)));
     }
   }
 
@@ -214,8 +214,7 @@ __device__ __forceinline__ void load_taps_as(const Weights& from, std::int64_t d
   constexpr bool kWholeWords = CHANNELS * WIDTH * sizeof(W) % 4 == 0;
   if constexpr (kWholeWords) {
     if (from.contiguous && valid >= CHANNELS) {
-      const Vector<W, CHANNELS * WIDTH> all =
-          load_vector<CHANNELS * WIDTH>(weight + d * WIDTH);
+      const Vector<W, CHANNELS * WIDTH> all = load_vector<CHANNELS * WIDTH>(weight + d * WIDTH);
 #pragma unroll
       for (int i = 0; i < CHANNELS * WIDTH; ++i) {
         to.weight[i % WIDTH][i / WIDTH] = all[i];
@@ -227,9 +226,9 @@ __device__ __forceinline__ void load_taps_as(const Weights& from, std::int64_t d
     for (int i = 0; i < CHANNELS * WIDTH; ++i) {
       const int c = i / WIDTH;
       to.weight[i % WIDTH][c] =
-          c < valid ? mamba_native::cuda::as_float(
-                          weight[(d + c) * from.channel + i % WIDTH * from.tap])
-                    : 0.0f;
+          c < valid
+              ? mamba_native::cuda::as_float(weight[(d + c) * from.channel + i % WIDTH * from.tap])
+              : 0.0f;
     }
   }
 #pragma unroll
@@ -282,9 +281,10 @@ __device__ __forceinline__ void load_halo(const DeviceInputs<T>& in, std::int64_
   }
 }
 
-// Which columns the outputs of ITEMS steps from t on see, a bit for every step: taps[w] for tap w, of
-// which the last is the step itself, seen unless it is padding. Padding sees nothing. The loop stays rolled because the
-// indices of all steps in registers would cost kernels without seq_idx half of their occupancy.
+// Which columns the outputs of ITEMS steps from t on see, a bit for every step: taps[w] for tap w,
+// of which the last is the step itself, seen unless it is padding. Padding sees nothing. The loop
+// stays rolled because the indices of all steps in registers would cost kernels without seq_idx
+// half of their occupancy.
 template <int ITEMS, int WIDTH>
 struct Mask {
   static_assert(ITEMS <= 32, "one bit for every step");
@@ -320,8 +320,7 @@ struct Mask {
 // Column t of [initial_states, x] for COUNT channels from d on.
 template <int COUNT, int WIDTH, class T>
 __device__ __forceinline__ Vector<T, COUNT> load_column(const DeviceInputs<T>& in, std::int64_t b,
-                                                        std::int64_t d, std::int64_t t,
-                                                        int valid) {
+                                                        std::int64_t d, std::int64_t t, int valid) {
   if (t >= 0) {
     return load<COUNT>(in.x.at(b, d, t), in.x.channel, t < in.length ? valid : 0, in.x.vectorize);
   }

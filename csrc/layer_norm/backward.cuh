@@ -122,8 +122,6 @@ __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t r
 // row, when rows lie side by side.
 template <class T, int VECTORS, int THREADS>
 __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
-  // Beyond two vectors a thread there are no registers for a second row.
-  constexpr bool kAhead = VECTORS <= 2;
   __shared__ float slots[RowSum<2>::kSlots];
   extern __shared__ float shared_sums[];
   RowSum<2> row_sum(slots);
@@ -133,14 +131,9 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.y;
   std::int64_t first = std::int64_t{blockIdx.x} * blockDim.y;
   Loaded<VECTORS> loaded;
-  if (kAhead) {
-    load_row<T>(p, first + threadIdx.y, loaded);
-  }
+  load_row<T>(p, first + threadIdx.y, loaded);
   for (; first < p.rows; first += step) {
     const std::int64_t row = first + threadIdx.y;  // may lie beyond the end; then dy = 0
-    if (!kAhead) {
-      load_row<T>(p, row, loaded);
-    }
 
     // 1. What this thread's columns add to the row's two sums and to the columns' sums. The weight
     // stays in the L1 cache.
@@ -167,9 +160,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
     }
 
     // 2. The next row's loads, then this row's sums.
-    if (kAhead) {
-      load_row<T>(p, row + step, loaded);
-    }
+    load_row<T>(p, row + step, loaded);
     row_sum(sums);
     const float c1 = sums[0] / static_cast<float>(p.features);
     const float c2 = p.is_rms_norm ? 0.0f : sums[1] / static_cast<float>(p.features);

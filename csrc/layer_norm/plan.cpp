@@ -72,10 +72,10 @@ BackwardPlan choose_backward(const BackwardParams& params) {
                      moves(params.h) && moves(params.weight) && moves(params.dx) &&
                      moves(params.dresidual);
   int vectors = 0;
-  for (const int candidate : {4, 2, 1}) {
+  for (const int candidate : {2, 1}) {
     const Config& config = kBackwardConfigs[index_of(kBackwardConfigs, candidate)];
     const std::int64_t threads = threads_for(features, candidate);
-    // The fewest registers that hold the row; but a second warp costs more than a second vector.
+    // One vector only where one warp holds the row: a second warp costs more than a second vector.
     if (whole && threads <= config.threads && (candidate > 1 || threads == kWarp)) {
       vectors = candidate;
     }

@@ -36,7 +36,6 @@ inline constexpr std::size_t kForwardCount = sizeof(kForwardConfigs) / sizeof(kF
 inline constexpr Config kBackwardConfigs[] = {
     {1, 640},  // up to 128 features in one warp
     {2, 640},  // up to 5120
-    {4, 512},  // up to 8192
     {0, 512},  // wider, or not made of vectors
 };
 inline constexpr std::size_t kBackwardCount =

@@ -55,11 +55,11 @@ struct Case {
   Layout layout = Layout::channel_first;
   bool bias = true;
   bool silu = true;
-  bool initial = false;           // initial_states and the gradient of final_states
-  bool packed = false;            // seq_idx, with padding that holds NaN
-  bool weight_alike = false;      // in x's dtype, not float32
+  bool initial = false;            // initial_states and the gradient of final_states
+  bool packed = false;             // seq_idx, with padding that holds NaN
+  bool weight_alike = false;       // in x's dtype, not float32
   bool weight_transposed = false;  // strides (1, D)
-  bool dout_expanded = false;     // every stride 0
+  bool dout_expanded = false;      // every stride 0
 };
 
 Case with(const std::string& name, const std::function<void(Case&)>& change) {
@@ -246,14 +246,8 @@ struct Problem {
     const auto copy = [&](const Tensor& tensor) {
       return tensor.to(exact ? DType::f64 : tensor.dtype(), device);
     };
-    return {row,
-            exact ? DType::f64 : dtype,
-            copy(x),
-            copy(weight),
-            copy(bias),
-            seq_idx.to(DType::i32, device),
-            copy(initial),
-            copy(dout),
+    return {row,         exact ? DType::f64 : dtype,     copy(x),       copy(weight),
+            copy(bias),  seq_idx.to(DType::i32, device), copy(initial), copy(dout),
             copy(dfinal)};
   }
 };
@@ -537,15 +531,10 @@ TEST_P(CausalConv1dTarget, NoticesADroppedTerm) {
   } mutations[] = {
       {"oldest tap", false, [](Inputs& in, BackwardParams&) { in.weight.stride[1] = 0; }},
       {"silu", false, [](Inputs& in, BackwardParams&) { in.silu = false; }},
-      {"bias",
-       false,
-       [](Inputs& in, BackwardParams&) {
-         in.bias.stride[0] = 0;
-       }},
+      {"bias", false, [](Inputs& in, BackwardParams&) { in.bias.stride[0] = 0; }},
       {"initial_states", false,
        [](Inputs& in, BackwardParams&) { in.initial_states.stride[2] = 0; }},
-      {"dfinal_states", false,
-       [](Inputs&, BackwardParams& p) { p.dfinal_states = TensorView(); }},
+      {"dfinal_states", false, [](Inputs&, BackwardParams& p) { p.dfinal_states = TensorView(); }},
       {"seq_idx", true, [](Inputs& in, BackwardParams&) { in.seq_idx.stride[1] = 0; }},
   };
   for (const Layout layout : {Layout::channel_first, Layout::channel_last}) {
@@ -938,8 +927,8 @@ TEST_P(CausalConv1dUpdate, MatchesTheOracle) {
   const Tensor truth = run_update(exact, test::kCpu, reference_kernels<double>());
   const Tensor yardstick = run_update(rounded, test::kCpu, reference_kernels<float>());
   const Tensor got = run_update(tested, target.device, kernels_of(target));
-  EXPECT_TRUE(close("causal_conv1d_update", "out", dtype, got, truth, yardstick,
-                    test::kForwardSlack));
+  EXPECT_TRUE(
+      close("causal_conv1d_update", "out", dtype, got, truth, yardstick, test::kForwardSlack));
   EXPECT_EQ(tested.state.bytes(), rounded.state.bytes()) << "state";
   if (row.gathered) {  // sequence 1 is padding
     const Values out = got.values();
@@ -953,8 +942,8 @@ INSTANTIATE_TEST_SUITE_P(Star, CausalConv1dUpdate, testing::ValuesIn(decode_rows
 
 TEST_P(CausalConv1dTarget, StepByStepIsTheWhole) {
   for (const bool circular : {false, true}) {
-    const Problem p = make(with("steps", [](Case& c) { c.length = 13; }), DType::f32)
-                          .to(false, device());
+    const Problem p =
+        make(with("steps", [](Case& c) { c.length = 13; }), DType::f32).to(false, device());
     Result whole;
     run_forward(p, device(), kernels(), whole);
     const std::int64_t B = p.row.batch, D = p.row.channels, L = p.row.length;
@@ -965,8 +954,7 @@ TEST_P(CausalConv1dTarget, StepByStepIsTheWhole) {
     for (std::int64_t t = 0; t < L; ++t) {
       const Tensor out(DType::f32, device(), {{B, D, 1}});
       const Tensor seqlens = Tensor::from_values(
-          DType::i32, device(), {{B}},
-          Values(static_cast<std::size_t>(B), static_cast<double>(t)));
+          DType::i32, device(), {{B}}, Values(static_cast<std::size_t>(B), static_cast<double>(t)));
       UpdateParams params;
       params.x = p.x.view();
       params.x.data = params.x.as<float>() + t * params.x.stride[2];
@@ -980,8 +968,8 @@ TEST_P(CausalConv1dTarget, StepByStepIsTheWhole) {
       kernels().update(params);
       const Values got = out.values();
       for (std::int64_t i = 0; i < B * D; ++i) {
-        ASSERT_NEAR(got[static_cast<std::size_t>(i)],
-                    expected[static_cast<std::size_t>(i * L + t)], 1e-6)
+        ASSERT_NEAR(got[static_cast<std::size_t>(i)], expected[static_cast<std::size_t>(i * L + t)],
+                    1e-6)
             << t;
       }
     }
@@ -1003,18 +991,17 @@ TEST_P(CausalConv1dTarget, VarlenStatesAreTheLastTokens) {
         tokens.push_back(10 * t);
       }
       const Tensor x = Tensor::from_values(dtype, device(), {{7, 2}, {5, 2}, 1}, tokens);
-      const Tensor cu_seqlens =
-          Tensor::from_values(index, device(), {{5}}, {0, 2, 2, 6, 7});
+      const Tensor cu_seqlens = Tensor::from_values(index, device(), {{5}}, {0, 2, 2, 6, 7});
       const Tensor states(dtype, device(), {{4, 2, 3}, {6, 1, 2}});
       VarlenStatesParams params;
       params.x = x.view();
       params.cu_seqlens = cu_seqlens.view();
       params.states = states.view();
       varlen_states(params);
-      const Values expected = {0, 1, 2, 0, 10, 20,  //
-                               0, 0, 0, 0, 0,  0,   //
+      const Values expected = {0, 1, 2, 0,  10, 20,  //
+                               0, 0, 0, 0,  0,  0,   //
                                4, 5, 6, 40, 50, 60,  //
-                               0, 0, 7, 0, 0,  70};
+                               0, 0, 7, 0,  0,  70};
       EXPECT_EQ(states.values(), expected);
     }
   }
@@ -1053,11 +1040,11 @@ TEST(CausalConv1dOracle, ForwardByHand) {
 }
 
 TEST(CausalConv1dOracle, SeqIdxByHand) {
-  // Width 3, weights 100, 10, 1; sequences 0 0 | 1 | padding | 0: the last 0 does not see the first.
+  // Width 3, weights 100, 10, 1; sequences 0 0 | 1 | padding | 0: the last 0 does not see the
+  // first.
   const Tensor x = tensor({1, 1, 5}, {1, 2, 3, 4, 5});
   const Tensor weight = tensor({1, 3}, {100, 10, 1});
-  const Tensor seq_idx =
-      Tensor::from_values(DType::i32, test::kCpu, {{1, 5}}, {0, 0, 1, -1, 0});
+  const Tensor seq_idx = Tensor::from_values(DType::i32, test::kCpu, {{1, 5}}, {0, 0, 1, -1, 0});
   const Tensor out(DType::f64, test::kCpu, {{1, 1, 5}});
   ForwardParams params;
   params.in.x = x.view();
@@ -1148,7 +1135,7 @@ TEST(CausalConv1dOracle, BackwardIsTheFiniteDifference) {
     run_backward(p, test::kCpu, kPublic, result);
     const struct {
       const char* name;
-      Tensor Problem::*input;
+      Tensor Problem::* input;
       const Tensor* gradient;
     } pairs[] = {{"x", &Problem::x, &result.dx},
                  {"weight", &Problem::weight, &result.dweight},
@@ -1202,8 +1189,8 @@ TEST(CausalConv1dPlan, EveryElementHasAThread) {
               const bool along_time = config.axis == cuda::Axis::time;
               const std::int64_t items = config.items(size_of(dtype));
               const std::int64_t channel_blocks = plan.blocks / plan.segments;
-              const std::int64_t steps = plan.segments * plan.steps *
-                                         (along_time ? plan.lanes * items : plan.groups);
+              const std::int64_t steps =
+                  plan.segments * plan.steps * (along_time ? plan.lanes * items : plan.groups);
               const std::int64_t channels =
                   channel_blocks * (along_time ? plan.groups : plan.lanes * items);
               ASSERT_GE(steps, L);
@@ -1319,14 +1306,11 @@ TEST(CausalConv1d, RefusesWhatItCannotDo) {
       {"width between 2 and 4", [](ForwardParams& q) { q.in.weight.size[1] = 5; }},
       {"width between 2 and 4", [](ForwardParams& q) { q.in.weight.size[1] = 1; }},
       {"weight must have shape", [](ForwardParams& q) { q.in.weight.size[0] = 18; }},
-      {"weight must be float64 exactly",
-       [](ForwardParams& q) { q.in.weight.dtype = DType::f64; }},
-      {"weight must be on cpu",
-       [](ForwardParams& q) { q.in.weight.device = test::kCuda; }},
+      {"weight must be float64 exactly", [](ForwardParams& q) { q.in.weight.dtype = DType::f64; }},
+      {"weight must be on cpu", [](ForwardParams& q) { q.in.weight.device = test::kCuda; }},
       {"bias must have shape", [](ForwardParams& q) { q.in.bias.size[0] = 1; }},
       {"bias must be float32", [](ForwardParams& q) { q.in.bias.dtype = DType::bf16; }},
-      {"seq_idx and initial_states",
-       [&](ForwardParams& q) { q.in.seq_idx = seq_idx.view(); }},
+      {"seq_idx and initial_states", [&](ForwardParams& q) { q.in.seq_idx = seq_idx.view(); }},
       {"seq_idx must be int32",
        [&](ForwardParams& q) {
          q.in.seq_idx = seq_idx.view();
@@ -1337,8 +1321,7 @@ TEST(CausalConv1d, RefusesWhatItCannotDo) {
          q.in.seq_idx = seq_idx.view();
          q.in.seq_idx.size[1] = 3;
        }},
-      {"initial_states must have shape",
-       [](ForwardParams& q) { q.in.initial_states.size[2] = 4; }},
+      {"initial_states must have shape", [](ForwardParams& q) { q.in.initial_states.size[2] = 4; }},
       {"initial_states must be float32",
        [](ForwardParams& q) { q.in.initial_states.dtype = DType::bf16; }},
       {"out must have shape", [](ForwardParams& q) { q.out.size[2] = 60; }},
@@ -1408,8 +1391,7 @@ TEST(CausalConv1d, UpdateRefusesWhatItCannotDo) {
       {"conv_state must hold at least 3 columns",
        [](UpdateParams& q) { q.conv_state.size[2] = 2; }},
       {"conv_state must have shape", [](UpdateParams& q) { q.conv_state.size[1] = 84; }},
-      {"conv_state must have shape",
-       [](UpdateParams& q) { q.conv_state_indices = TensorView(); }},
+      {"conv_state must have shape", [](UpdateParams& q) { q.conv_state_indices = TensorView(); }},
       {"conv_state must be float32", [](UpdateParams& q) { q.conv_state.dtype = DType::bf16; }},
       {"conv_state is written", [](UpdateParams& q) { q.conv_state.stride[0] = 0; }},
       {"conv_state_indices[1] is 7",
@@ -1432,8 +1414,8 @@ TEST(CausalConv1d, VarlenStatesRefusesWhatItCannotDo) {
   const Tensor x = tensor({4, 1}, {1, 2, 3, 4});
   const Tensor states(DType::f64, test::kCpu, {{2, 1, 3}});
   const auto boundaries = [](const Values& values) {
-    return Tensor::from_values(DType::i32, test::kCpu,
-                               {{static_cast<std::int64_t>(values.size())}}, values);
+    return Tensor::from_values(DType::i32, test::kCpu, {{static_cast<std::int64_t>(values.size())}},
+                               values);
   };
   const struct {
     const char* message;

@@ -39,6 +39,7 @@ class Tensor {
   bool present() const { return storage_ != nullptr; }
   const Shape& shape() const { return shape_; }
   DType dtype() const { return dtype_; }
+  Device device() const { return device_; }
 
   // Logical (row-major) order; waits for the device. Empty when absent.
   std::vector<double> values() const;
