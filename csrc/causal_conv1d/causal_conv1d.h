@@ -12,7 +12,10 @@
 // then); bias has weight's dtype. Arithmetic is float32, rounded once to x's dtype. Strides: any
 // for every tensor, any alignment; x with unit stride along L (channel-first) or along D
 // (channel-last) is fast. Errors: mamba_native::Error naming the argument, before memory is
-// touched. CUDA work is enqueued on `stream`; nothing synchronises or allocates.
+// touched. CUDA work is enqueued on `stream`, whose device must be the current one; nothing
+// synchronises or allocates. Outputs overlap neither inputs nor each other.
+// Source: causal-conv1d 1.6's functions of the same names; its limits on layouts, alignment, D mod
+// 8 and options are not kept, and padding takes part in no gradient.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +47,7 @@ struct BackwardParams {
   TensorView dfinal_states;    // (B, D, W-1), x's dtype, optional
   TensorView dx;               // (B, D, L), x's dtype
   TensorView dweight;          // (D, W), float32 (float64 if x is), contiguous
-  TensorView dbias;            // (D), float32 (float64 if x is), present iff bias is
+  TensorView dbias;            // (D), float32 (float64 if x is), contiguous, present iff bias is
   TensorView dinitial_states;  // (B, D, W-1), x's dtype, present iff initial_states is
   void* stream = nullptr;
 };
@@ -55,6 +58,9 @@ struct BackwardParams {
 //  circular buffer: with c = cache_seqlens[b], the W-1 columns before token 0 are
 //    conv_state[(c-(W-1)+j) mod state_len], j = 0..W-2; token i is stored at (c+i) mod state_len;
 //    outputs are computed as if the context were read before being overwritten.
+// Index values out of range are an Error on the CPU. On CUDA nobody waits to look: a row beyond
+// conv_state gives NaN and touches no state, a negative cache_seqlens counts modulo state_len.
+// Sequences that share a row of conv_state have no defined result.
 struct UpdateParams {
   TensorView x;                   // (B, D, S)
   TensorView conv_state;          // (B or entries, D, state_len >= W-1), x's dtype, any strides
@@ -69,11 +75,11 @@ struct UpdateParams {
 };
 
 // The last min(length, state_len) tokens of each packed sequence, right-aligned, zeros before them.
+// cu_seqlens that fall or leave [0, T] are an Error on the CPU; on CUDA they are clamped to [0, T].
 struct VarlenStatesParams {
-  TensorView x;  // (T, D), any strides
-  TensorView
-      cu_seqlens;  // (S+1) int32 or int64, sorted, from 0 to T; the values are not checked on CUDA
-  TensorView states;  // (S, D, state_len), x's dtype
+  TensorView x;           // (T, D), any strides
+  TensorView cu_seqlens;  // (S+1) int32 or int64, sorted, within [0, T]
+  TensorView states;      // (S, D, state_len), x's dtype
   void* stream = nullptr;
 };
 

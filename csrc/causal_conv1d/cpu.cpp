@@ -105,8 +105,8 @@ void update_block(const KernelsOfWidth& kernels, const UpdateParams& params, std
   const std::int64_t tokens = params.x.size[2];
   const std::int64_t state_len = state.size[2];
   const std::int64_t halo = params.weight.size[1] - 1;
-  const std::int64_t first = index * kChannelBlock;
-  const std::int64_t channels = std::min<std::int64_t>(kChannelBlock, params.x.size[1] - first);
+  const std::int64_t first = index * kForwardChannels;
+  const std::int64_t channels = std::min<std::int64_t>(kForwardChannels, params.x.size[1] - first);
   const TensorView& indices = params.conv_state_indices;
   const std::int64_t row =
       indices.present() ? indices.as<const std::int32_t>()[b * indices.stride[0]] : b;
@@ -122,7 +122,7 @@ void update_block(const KernelsOfWidth& kernels, const UpdateParams& params, std
       circular ? seqlens.as<const std::int32_t>()[b * seqlens.stride[0]] % state_len : state_len;
 
   // A copy, because a circular context wraps and the buffer changes below.
-  std::uint32_t context[3 * kChannelBlock];
+  std::uint32_t context[3 * kForwardChannels];
   ForwardParams conv;
   conv.in.initial_states = TensorView(context, state.dtype, {1, halo, channels});
   std::swap(conv.in.initial_states.size[1], conv.in.initial_states.size[2]);
@@ -167,9 +167,10 @@ void forward(const ForwardParams& params, Isa isa) {
   const std::int64_t channels = x.size[1];
   const std::int64_t length = x.size[2];
   if (is_channel_last(x)) {
-    const std::int64_t blocks = ceil_div(channels, kChannelBlock);
+    const std::int64_t blocks = ceil_div(channels, kForwardChannels);
     const std::int64_t segments = ceil_div(length, kSegment);
-    parallel_for(x.size[0] * segments * blocks, grain(kChannelBlock * std::min(length, kSegment)),
+    parallel_for(x.size[0] * segments * blocks,
+                 grain(kForwardChannels * std::min(length, kSegment)),
                  [&](std::int64_t begin, std::int64_t end) {
                    for (std::int64_t i = begin; i < end; ++i) {
                      const std::int64_t t = i / blocks % segments * kSegment;
@@ -199,7 +200,7 @@ void backward(const BackwardParams& params, Isa isa) {
   const TensorView& x = params.in.x;
   const std::int64_t per_channel = x.size[0] * x.size[2];
   if (is_channel_last(x)) {
-    parallel_for(ceil_div(x.size[1], kChannelBlock), grain(per_channel * kChannelBlock),
+    parallel_for(ceil_div(x.size[1], kBackwardChannels), grain(per_channel * kBackwardChannels),
                  [&](std::int64_t begin, std::int64_t end) {
                    for (std::int64_t i = begin; i < end; ++i) {
                      kernels.backward_block(params, i);
@@ -221,12 +222,12 @@ void update(const UpdateParams& params, Isa isa) {
   }
   const KernelsOfWidth& kernels = kernels_of(isa, params.weight.size[1]);
   const TensorView& x = params.x;
-  const std::int64_t blocks = ceil_div(x.size[1], kChannelBlock);
+  const std::int64_t blocks = ceil_div(x.size[1], kForwardChannels);
   // Sequences that share a row of conv_state have no defined result, but they must not race.
   const bool may_share = params.conv_state_indices.present();
   const std::int64_t outer = may_share ? 1 : x.size[0];
   const std::int64_t inner = may_share ? x.size[0] : 1;
-  parallel_for(outer * blocks, grain(inner * kChannelBlock * x.size[2]),
+  parallel_for(outer * blocks, grain(inner * kForwardChannels * x.size[2]),
                [&](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t i = begin; i < end; ++i) {
                    for (std::int64_t b = 0; b < inner; ++b) {

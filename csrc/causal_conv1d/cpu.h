@@ -16,20 +16,23 @@ void forward(const ForwardParams& params, Isa isa = mamba_native::cpu::current_i
 void backward(const BackwardParams& params, Isa isa = mamba_native::cpu::current_isa());
 void update(const UpdateParams& params, Isa isa = mamba_native::cpu::current_isa());
 
-inline constexpr int kTimeBlock = 512;     // steps of a row that are in work at once
-inline constexpr int kChannelBlock = 128;  // channels of a step, likewise
+// What is in work at once: steps of a row, or channels of a step. Fewer channels backward, where
+// every channel brings its sums and the W columns of dx that are not finished.
+inline constexpr int kTimeBlock = 512;
+inline constexpr int kForwardChannels = 256;
+inline constexpr int kBackwardChannels = 128;
 
 // The kernels of one width and one instruction set.
 struct KernelsOfWidth {
   // out of the row (b, d), vectors along time.
   void (*forward_row)(const ForwardParams& params, std::int64_t b, std::int64_t d);
-  // out of the steps [begin, end) of block `index` of channels of sequence b, vectors along
-  // channels.
+  // out of the steps [begin, end) of block `index` of kForwardChannels channels of sequence b,
+  // vectors along channels.
   void (*forward_block)(const ForwardParams& params, std::int64_t b, std::int64_t index,
                         std::int64_t begin, std::int64_t end);
   // Every gradient of channel d, vectors along time. Not for length 0.
   void (*backward_row)(const BackwardParams& params, std::int64_t d);
-  // Every gradient of block `index` of channels, vectors along channels.
+  // Every gradient of block `index` of kBackwardChannels channels, vectors along channels.
   void (*backward_block)(const BackwardParams& params, std::int64_t index);
 };
 

@@ -4,7 +4,7 @@
 //
 //   along time      a line is up to kTimeBlock steps of one channel; tap w is the line shifted by
 //                   W-1-w, its weight one number
-//   along channels  a line is up to kChannelBlock channels of one step; tap w is the line of an
+//   along channels  a line is a block of channels of one step; tap w is the line of an
 //                   earlier step, kept in a ring, its weight a vector. A masked tap reads a line of
 //                   zeros, so seq_idx costs nothing here
 //
@@ -345,33 +345,33 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
 // ---------------------------------------------------------------------------- along channels
 
 // Weights of a block of channels, transposed, and the last steps' lines of x.
-template <class Arch, int WIDTH>
+template <class Arch, int WIDTH, int CHANNELS>
 struct ChannelBlock {
   std::int64_t first;
   int count;
   int rounded;
-  float weight[WIDTH][kChannelBlock];
-  float bias[kChannelBlock];
-  float ring[kMaxWidth][kChannelBlock];  // step t at t mod kMaxWidth
-  float zeros[kChannelBlock];
+  float weight[WIDTH][CHANNELS];
+  float bias[CHANNELS];
+  float ring[kMaxWidth][CHANNELS];  // step t at t mod kMaxWidth
+  float zeros[CHANNELS];
   const float* taps[WIDTH];
 
   float* line(std::int64_t t) { return ring[(t + kMaxWidth) % kMaxWidth]; }
 };
 
-template <class Arch, int WIDTH>
-void open_block(const Inputs& in, std::int64_t index, ChannelBlock<Arch, WIDTH>& block) {
-  block.first = index * kChannelBlock;
+template <class Arch, int WIDTH, int CHANNELS>
+void open_block(const Inputs& in, std::int64_t index, ChannelBlock<Arch, WIDTH, CHANNELS>& block) {
+  block.first = index * CHANNELS;
   const std::int64_t left = in.x.size[1] - block.first;
-  block.count = left < kChannelBlock ? static_cast<int>(left) : kChannelBlock;
+  block.count = left < CHANNELS ? static_cast<int>(left) : CHANNELS;
   block.rounded = round_up<Arch>(block.count);
-  fill<Arch>(block.zeros, kChannelBlock, 0.0f);
-  fill<Arch>(block.bias, kChannelBlock, 0.0f);
+  fill<Arch>(block.zeros, CHANNELS, 0.0f);
+  fill<Arch>(block.bias, CHANNELS, 0.0f);
   for (int i = 0; i < kMaxWidth; ++i) {
-    fill<Arch>(block.ring[i], kChannelBlock, 0.0f);
+    fill<Arch>(block.ring[i], CHANNELS, 0.0f);
   }
   for (int w = 0; w < WIDTH; ++w) {
-    fill<Arch>(block.weight[w], kChannelBlock, 0.0f);
+    fill<Arch>(block.weight[w], CHANNELS, 0.0f);
     read_line<Arch>(in.weight, block.first * in.weight.stride[0] + w * in.weight.stride[1],
                     in.weight.stride[0], block.count, block.weight[w]);
   }
@@ -382,12 +382,12 @@ void open_block(const Inputs& in, std::int64_t index, ChannelBlock<Arch, WIDTH>&
 }
 
 // Column t of [initial_states, x] into the ring.
-template <class Arch, int WIDTH>
+template <class Arch, int WIDTH, int CHANNELS>
 MAMBA_ALWAYS_INLINE void read_step(const Inputs& in, std::int64_t b, std::int64_t t,
-                                   ChannelBlock<Arch, WIDTH>& block) {
+                                   ChannelBlock<Arch, WIDTH, CHANNELS>& block) {
   const TensorView& from = t < 0 ? in.initial_states : in.x;
   if (!from.present()) {
-    fill<Arch>(block.line(t), kChannelBlock, 0.0f);
+    fill<Arch>(block.line(t), CHANNELS, 0.0f);
     return;
   }
   read_line<Arch>(from,
@@ -397,9 +397,9 @@ MAMBA_ALWAYS_INLINE void read_step(const Inputs& in, std::int64_t b, std::int64_
 }
 
 // Points taps at the lines that the output at t sees. False where t is padding.
-template <class Arch, int WIDTH>
+template <class Arch, int WIDTH, int CHANNELS>
 MAMBA_ALWAYS_INLINE bool find_taps(const Inputs& in, std::int64_t b, std::int64_t t,
-                                   ChannelBlock<Arch, WIDTH>& block) {
+                                   ChannelBlock<Arch, WIDTH, CHANNELS>& block) {
   const TensorView& seq_idx = in.seq_idx;
   for (int w = 0; w < WIDTH; ++w) {
     block.taps[w] = block.line(t - (WIDTH - 1 - w));
@@ -418,8 +418,9 @@ MAMBA_ALWAYS_INLINE bool find_taps(const Inputs& in, std::int64_t b, std::int64_
   return own >= 0;
 }
 
-template <class Arch, int WIDTH>
-MAMBA_ALWAYS_INLINE Vec<Arch> pre_activation(const ChannelBlock<Arch, WIDTH>& block, int i) {
+template <class Arch, int WIDTH, int CHANNELS>
+MAMBA_ALWAYS_INLINE Vec<Arch> pre_activation(const ChannelBlock<Arch, WIDTH, CHANNELS>& block,
+                                             int i) {
   Vec<Arch> p = Vec<Arch>::load_unaligned(block.bias + i);
   for (int w = 0; w < WIDTH; ++w) {
     p = xsimd::fma(Vec<Arch>::load_unaligned(block.weight[w] + i),
@@ -433,12 +434,12 @@ template <class Arch, int WIDTH>
 void forward_block(const ForwardParams& params, std::int64_t b, std::int64_t index,
                    std::int64_t begin, std::int64_t end) {
   const Inputs& in = params.in;
-  ChannelBlock<Arch, WIDTH> block;
+  ChannelBlock<Arch, WIDTH, kForwardChannels> block;
   open_block<Arch>(in, index, block);
   for (std::int64_t t = begin - (WIDTH - 1); t < begin; ++t) {
     read_step<Arch>(in, b, t, block);
   }
-  float out[kChannelBlock];
+  float out[kForwardChannels];
   for (std::int64_t t = begin; t < end; ++t) {
     read_step<Arch>(in, b, t, block);
     if (!find_taps(in, b, t, block)) {
@@ -462,19 +463,19 @@ void forward_block(const ForwardParams& params, std::int64_t b, std::int64_t ind
 // Sums of a block of channels: in float for a while, then added up in double.
 template <class Arch, int WIDTH>
 struct ChannelSums {
-  float dweight[WIDTH][kChannelBlock];
-  float dbias[kChannelBlock];
-  double total_dweight[WIDTH][kChannelBlock];
-  double total_dbias[kChannelBlock];
+  float dweight[WIDTH][kBackwardChannels];
+  float dbias[kBackwardChannels];
+  double total_dweight[WIDTH][kBackwardChannels];
+  double total_dbias[kBackwardChannels];
 
   void flush() {
     for (int w = 0; w < WIDTH; ++w) {
-      for (int i = 0; i < kChannelBlock; ++i) {
+      for (int i = 0; i < kBackwardChannels; ++i) {
         total_dweight[w][i] += static_cast<double>(dweight[w][i]);
         dweight[w][i] = 0.0f;
       }
     }
-    for (int i = 0; i < kChannelBlock; ++i) {
+    for (int i = 0; i < kBackwardChannels; ++i) {
       total_dbias[i] += static_cast<double>(dbias[i]);
       dbias[i] = 0.0f;
     }
@@ -490,21 +491,21 @@ void backward_block(const BackwardParams& params, std::int64_t index) {
   const Inputs& in = params.in;
   const std::int64_t length = in.x.size[2];
   const TensorView& dfinal = params.dfinal_states;
-  ChannelBlock<Arch, WIDTH> block;
+  ChannelBlock<Arch, WIDTH, kBackwardChannels> block;
   open_block<Arch>(in, index, block);
   ChannelSums<Arch, WIDTH> sums = {};
-  float dx_ring[kMaxWidth][kChannelBlock];  // column t at t mod kMaxWidth
-  float unseen[kChannelBlock];              // takes what a masked tap would have got
-  float dout[kChannelBlock];
-  fill<Arch>(unseen, kChannelBlock, 0.0f);
-  fill<Arch>(dout, kChannelBlock, 0.0f);
+  float dx_ring[kMaxWidth][kBackwardChannels];  // column t at t mod kMaxWidth
+  float unseen[kBackwardChannels];              // takes what a masked tap would have got
+  float dout[kBackwardChannels];
+  fill<Arch>(unseen, kBackwardChannels, 0.0f);
+  fill<Arch>(dout, kBackwardChannels, 0.0f);
   for (std::int64_t b = 0; b < in.x.size[0]; ++b) {
     for (std::int64_t t = -kHalo; t < 0; ++t) {
       read_step<Arch>(in, b, t, block);
-      fill<Arch>(dx_ring[t + kMaxWidth], kChannelBlock, 0.0f);
+      fill<Arch>(dx_ring[t + kMaxWidth], kBackwardChannels, 0.0f);
     }
     for (std::int64_t t = 0; t < length + kHalo; ++t) {
-      fill<Arch>(dx_ring[t % kMaxWidth], kChannelBlock, 0.0f);
+      fill<Arch>(dx_ring[t % kMaxWidth], kBackwardChannels, 0.0f);
       bool real = t < length;
       if (real) {
         read_step<Arch>(in, b, t, block);

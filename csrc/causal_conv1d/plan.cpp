@@ -79,8 +79,10 @@ Plan make_plan(const Config& config, int row, const Inputs& in,
     plan.steps /= 2;
   }
   const std::int64_t groups_needed = along_time ? others : ceil_div(others, plan.steps);
-  plan.groups = static_cast<int>(
-      std::min<std::int64_t>(kMaxThreads / plan.lanes, power_of_two_from(groups_needed)));
+  // Whole warps, because backward exchanges values between the lanes of a full one.
+  plan.groups = static_cast<int>(std::max<std::int64_t>(
+      kWarp / plan.lanes,
+      std::min<std::int64_t>(kMaxThreads / plan.lanes, power_of_two_from(groups_needed))));
   std::int64_t channel_blocks = 0;
   if (along_time) {
     plan.segments = ceil_div(vectors, plan.lanes * plan.steps);

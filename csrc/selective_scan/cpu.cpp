@@ -11,13 +11,15 @@
 namespace mamba_native::selective_scan::cpu {
 namespace {
 
-// Enough slices to keep many cores busy and evenly loaded, few enough to share the conversion of B
-// and C, and the partial sums of dB and dC, among the channels of a slice. The cut is a function of
-// the shape alone, so results do not depend on the number of threads.
-constexpr std::int64_t kSlices = 64;
+// About how many slices a call is cut into: enough to keep many cores busy and evenly loaded, few
+// enough to share the conversion of B and C, and in backward the partial sums of dB and dC, among
+// the channels of a slice. The cut is a function of the shape alone, so results do not depend on
+// the number of threads.
+constexpr std::int64_t kForwardSlices = 64;
+constexpr std::int64_t kBackwardSlices = 32;
 
-// Partial dB and dC of all slices take about this many floats (16 MB) at once.
-constexpr std::int64_t kPartialFloats = std::int64_t{4} << 20;
+// Partial dB and dC of all slices take about this many floats (4 MB) at once.
+constexpr std::int64_t kPartialFloats = std::int64_t{1} << 20;
 
 // A thread is worth waking for this many state elements, or elements moved.
 constexpr std::int64_t kWorthAThread = std::int64_t{1} << 15;
@@ -58,13 +60,14 @@ class Scratch {
 
 class Slices {
  public:
-  Slices(const Inputs& in, int lanes) : lanes_(lanes), channels_(in.u.size[1]) {
+  Slices(const Inputs& in, int lanes, std::int64_t wanted)
+      : lanes_(lanes), channels_(in.u.size[1]) {
     const std::int64_t groups = in.B.dim == 4 ? in.B.size[1] : in.C.dim == 4 ? in.C.size[1] : 1;
     group_channels_ = channels_ / groups;
     const std::int64_t blocks = ceil_div(group_channels_, lanes);
     const std::int64_t all_blocks = in.u.size[0] * groups * blocks;
     slice_blocks_ = std::min(std::max<std::int64_t>(blocks, 1),
-                             ceil_div(std::max<std::int64_t>(all_blocks, 1), kSlices));
+                             ceil_div(std::max<std::int64_t>(all_blocks, 1), wanted));
     group_slices_ = ceil_div(blocks, slice_blocks_);
     batch_slices_ = groups * group_slices_;
     count_ = in.u.size[0] * batch_slices_;
@@ -170,7 +173,7 @@ void forward(const ForwardParams& params, Isa isa) {
     return;
   }
   const Kernels& kernels = kernels_of(isa);
-  const Slices slices(params.in, kernels.lanes);
+  const Slices slices(params.in, kernels.lanes, kForwardSlices);
   const std::int64_t scratch_size = kernels.forward_scratch(params.in.A.size[1], slices.largest());
   const std::int64_t slice_grain =
       grain(slices.largest() * params.in.u.size[2] * params.in.A.size[1]);
@@ -193,7 +196,7 @@ void backward(const BackwardParams& params, Isa isa) {
   const std::int64_t channels = in.u.size[1];
   const std::int64_t length = in.u.size[2];
   const std::int64_t states = in.A.size[1];
-  const Slices slices(in, kernels.lanes);
+  const Slices slices(in, kernels.lanes, kBackwardSlices);
   Quantities quantities(slices, kernels.lanes, states);
 
   if (params.dlast_state.present()) {
@@ -219,18 +222,25 @@ void backward(const BackwardParams& params, Isa isa) {
                                          : std::max<std::int64_t>(1, kPartialFloats / tile_floats);
   const std::int64_t scratch_size = kernels.backward_scratch(states, slices.largest());
   const std::int64_t slice_grain = grain(slices.largest() * length * states);
+  const std::size_t all_parts = static_cast<std::size_t>(
+      slices.count() * states * std::min(tiles, segment_tiles) * kCheckpointInterval);
+  std::vector<float> dB_parts(varying_B ? all_parts : 0);
+  std::vector<float> dC_parts(varying_C ? all_parts : 0);
   for (std::int64_t last = tiles; last > 0; last -= std::min(last, segment_tiles)) {
     const std::int64_t first = std::max<std::int64_t>(0, last - segment_tiles);
     const std::int64_t part_floats = states * (last - first) * kCheckpointInterval;
-    const std::size_t all_parts = static_cast<std::size_t>(slices.count() * part_floats);
-    std::vector<float> dB_parts(varying_B ? all_parts : 0);
-    std::vector<float> dC_parts(varying_C ? all_parts : 0);
     parallel_for(slices.count(), slice_grain, [&](std::int64_t begin, std::int64_t end) {
       Scratch scratch(scratch_size);
       for (std::int64_t i = begin; i < end; ++i) {
-        const Segment segment = {first, last,
-                                 varying_B ? dB_parts.data() + i * part_floats : nullptr,
-                                 varying_C ? dC_parts.data() + i * part_floats : nullptr};
+        Segment segment = {first, last, nullptr, nullptr};
+        if (varying_B) {
+          segment.dB = dB_parts.data() + i * part_floats;
+          std::fill_n(segment.dB, part_floats, 0.0f);
+        }
+        if (varying_C) {
+          segment.dC = dC_parts.data() + i * part_floats;
+          std::fill_n(segment.dC, part_floats, 0.0f);
+        }
         kernels.backward(params, slices[i], segment, quantities.of_slice(i), scratch.data());
       }
     });

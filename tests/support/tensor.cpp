@@ -97,7 +97,7 @@ std::vector<unsigned char> Tensor::bytes() const {
   std::vector<unsigned char> host(static_cast<std::size_t>(storage_elements() * size_of(dtype_)));
   if (device_.is_cuda()) {
     copy_from_device(host.data(), storage_.get(), host.size());
-  } else {
+  } else if (!host.empty()) {
     std::memcpy(host.data(), storage_.get(), host.size());
   }
   return host;
@@ -161,7 +161,7 @@ std::int64_t Tensor::offset_of(std::int64_t logical) const {
 void Tensor::upload(const std::vector<unsigned char>& host) {
   if (device_.is_cuda()) {
     copy_to_device(storage_.get(), host.data(), host.size());
-  } else {
+  } else if (!host.empty()) {
     std::memcpy(storage_.get(), host.data(), host.size());
   }
 }
