@@ -1004,7 +1004,7 @@ TEST(SelectiveScanErrors, BadGradientNamesTheArgument) {
   }
 }
 
-TEST(SelectiveScanErrors, Float64OnACudaDeviceIsRefusedByName) {
+TEST(SelectiveScanErrors, Float64OnAGpuIsRefusedByName) {
   Data p = make(star().front(), DType::f64);
   const std::string message =
       forward_error(p, [](ForwardParams& params) { params.in.u.device = test::kCuda; });

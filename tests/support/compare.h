@@ -22,9 +22,13 @@ namespace mamba_native::test {
 
 inline constexpr double kForwardSlack = 2.0;
 inline constexpr double kGradientSlack = 3.0;
-// Factor on either for scans on CUDA: their decays are ex2.approx, which errs low by 2e-8 to 5e-8 on average
-// (an H200, 2026-11-22) where the yardstick's exp is right on average; a long-lived state adds that up.
+// Factor on either for scans on CUDA: their decays are ex2.approx, which errs low by 2e-8 to 5e-8
+// on average (an H200, 2026-11-22) where the yardstick's exp is right on average; a long-lived
+// state adds that up.
 inline constexpr double kHardwareExp2Slack = 2.0;
+// Factor on kGradientSlack for float32 sums over the whole batch on CUDA: atomics add up to 65,537
+// terms in an order that changes between runs, where the yardstick adds them in one.
+inline constexpr double kAtomicSlack = 4.0;
 
 // The row of bounds.inc; throws when there is none.
 double nmse_bound(const std::string& op, DType dtype);
