@@ -1,6 +1,6 @@
-// Device arithmetic. The scans' inner loops live on ex2.approx (2 ulp); what happens once per element is
-// accurate to about 2 ulp too, without any division or branch that costs. Flags such as --use_fast_math
-// are never needed and never used.
+// Device arithmetic. The scans' inner loops live on ex2.approx (2 ulp); what happens once per
+// element is accurate to about 2 ulp too, without any division or branch that costs. Flags such as
+// --use_fast_math are never needed and never used.
 #pragma once
 
 #include "core/math.h"
@@ -31,7 +31,8 @@ __device__ __forceinline__ float fast_silu_grad(float x) {
   return s * fmaf(x, 1.0f - s, 1.0f);
 }
 
-// log1pf and not lg2.approx: the latter loses the last bits of a small step, and every decay with them.
+// log1pf and not lg2.approx: the latter loses the last bits of a small step, and every decay with
+// them.
 __device__ __forceinline__ float fast_softplus(float x) {
   return x > kSoftplusThreshold ? x : log1pf(expf(x));
 }
