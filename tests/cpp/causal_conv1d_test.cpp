@@ -1213,17 +1213,17 @@ TEST(CausalConv1dPlan, EveryElementHasAThread) {
 TEST(CausalConv1dPlan, LayoutAndAlignmentChooseTheRow) {
   const mamba_native::cuda::DeviceInfo device{132, 9, 0, 232448};
   Inputs in;
-  in.x = TensorView(nullptr, DType::bf16, {2, 64, 128});
+  in.x = TensorView(nullptr, DType::f32, {2, 64, 128});
   EXPECT_EQ(cuda::kForwardConfigs[cuda::choose_forward(in, device).config].axis, cuda::Axis::time);
   in.x.stride[1] = 1;
   in.x.stride[2] = 64;
   const cuda::Config wide = cuda::kForwardConfigs[cuda::choose_forward(in, device).config];
   EXPECT_EQ(wide.axis, cuda::Axis::channels);
-  EXPECT_EQ(wide.items_of_2_bytes, 8);
-  in.x.stride[2] = 68;  // rows on multiples of 8 bytes
+  EXPECT_EQ(wide.items_of_4_bytes, 4);
+  in.x.stride[2] = 66;  // rows on multiples of 8 bytes
   const cuda::Config narrow = cuda::kForwardConfigs[cuda::choose_forward(in, device).config];
   EXPECT_EQ(narrow.axis, cuda::Axis::channels);
-  EXPECT_EQ(narrow.items_of_2_bytes, 4);
+  EXPECT_EQ(narrow.items_of_4_bytes, 2);
   EXPECT_EQ(cuda::kBackwardConfigs[cuda::choose_backward(in, device).config].axis,
             cuda::Axis::channels);
   EXPECT_THROW(cuda::choose_forward(in, device, cuda::kForwardConfigCount), Error);
