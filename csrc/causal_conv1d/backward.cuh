@@ -20,6 +20,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "causal_conv1d/tensors.cuh"
 #include "core/cuda/launch.h"

@@ -14,6 +14,8 @@
 //   grid.x = (block of channels, block along time), grid.y = batch; both kernels take any strides.
 #pragma once
 
+#include <utility>
+
 #include "causal_conv1d/tensors.cuh"
 #include "core/cuda/launch.h"
 
