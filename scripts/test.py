@@ -2,6 +2,7 @@
 
 python scripts/test.py                  # CPU, from an empty machine
 python scripts/test.py --gpu            # what is built already, with the torch of this Python
+python scripts/test.py --windows        # on Linux: Windows' own build, torch and Python, run by Wine
 python scripts/test.py --preset linux-release-sm_90 --build-only
 """
 
@@ -12,8 +13,15 @@ import subprocess
 import sys
 
 import _bootstrap as bootstrap
+import _wine as wine
 
-PYTEST_TOOLS = ("pytest", "expecttest", "auditwheel", "tqdm", "matplotlib")
+PYTEST_TOOLS = (
+    *("pytest", "expecttest", "psutil", "auditwheel", "pefile", "tqdm", "matplotlib"),
+    *("PyYAML", "yamllint", "check-jsonschema"),  # for the workflows
+)
+WINDOWS_PRESET = "windows-mingw"
+# What the oldest torch gets: operations, their gradients, a model.
+SMOKE = ("ops", "selective_scan", "causal_conv1d", "mamba")
 
 
 def native_library(preset):
@@ -22,6 +30,17 @@ def native_library(preset):
     return bootstrap.newest(f"build/{preset}/**/mamba_native_cu*.{suffix}") or bootstrap.newest(
         f"build/{preset}/**/mamba_native_cpu.{suffix}"
     )
+
+
+def test_operations(preset):
+    """The operations of tests/torch, which the preset built."""
+    suffix = "dll" if bootstrap.WINDOWS else "so"
+    return bootstrap.newest(f"build/{preset}/**/mamba_test_ops.{suffix}")
+
+
+def ctest(env, preset):
+    command = [bootstrap.tool("ctest", env), "--preset", preset, f"-j{os.cpu_count()}"]
+    return subprocess.run(command, cwd=bootstrap.ROOT, env=env).returncode
 
 
 def pytest(python, env, library, *arguments):
@@ -34,25 +53,63 @@ def pytest(python, env, library, *arguments):
 
 
 def test_cpu(options):
+    preset = options.preset or bootstrap.default_preset(None)
     with bootstrap.leg("torch and tools"):
         python = bootstrap.environment_python()
         bootstrap.install_torch(python, options.torch, None)
         bootstrap.install_build_tools(python)
         bootstrap.pip_install(python, *PYTEST_TOOLS)
-        env = bootstrap.build_environment(python)
-    preset = options.preset or bootstrap.default_preset(None)
+        env = bootstrap.build_environment(python, preset)
     with bootstrap.leg(f"build {preset}"):
-        bootstrap.configure(python, env, preset)
+        bootstrap.configure(python, env, preset, *(f"-D{d}" for d in options.definitions))
         bootstrap.build(env, preset)
     if options.build_only:
         return 0
     with bootstrap.leg("C++ tests"):
-        ctest = [bootstrap.tool("ctest", env), "--preset", preset]
-        failed = subprocess.run(ctest, cwd=bootstrap.ROOT, env=env).returncode
+        failed = ctest(env, preset)
     with bootstrap.leg("Python tests"):
         bootstrap.build(env, preset, "--target", "wheel")
         env["MAMBA_TEST_BUILD"] = str(bootstrap.ROOT / "build" / preset)
+        env["MAMBA_TEST_OPS"] = str(test_operations(preset))
         return pytest(python, env, native_library(preset), *options.pytest) or failed
+
+
+def test_windows(options):
+    """Cross build; ctest, then pytest on the installed wheels, in a Windows that Wine provides."""
+    wine.check_tools()
+    with bootstrap.leg("torch and Python for Windows"):
+        python = bootstrap.environment_python()
+        bootstrap.install_build_tools(python)
+        libraries = wine.torch(python, bootstrap.TORCH)
+        wine.torch(python, wine.TORCH_FLOOR)
+        wine.python_base(python)
+        env = bootstrap.build_environment(python)
+    folder = bootstrap.ROOT / "build" / WINDOWS_PRESET
+    with bootstrap.leg(f"build {WINDOWS_PRESET}"):
+        torch = f"-DMAMBA_TORCH_DIR={libraries / 'torch'}"
+        bootstrap.configure(python, env, WINDOWS_PRESET, torch)
+        bootstrap.build(env, WINDOWS_PRESET)
+        bootstrap.build(env, WINDOWS_PRESET, "--target", "wheel")
+    if options.build_only:
+        return 0
+    failed = 0
+    env["MAMBA_TEST_OPS"] = wine.windows_path(folder / "tests" / "mamba_test_ops.dll")
+    with wine.environment(env) as env:
+        with bootstrap.leg("C++ tests"):
+            failed |= ctest(env, WINDOWS_PRESET)
+        for version, tests in (
+            (bootstrap.TORCH, ["tests/python"]),
+            (wine.TORCH_FLOOR, [f"tests/python/test_{name}.py" for name in SMOKE]),
+        ):
+            with bootstrap.leg(f"Python tests, torch {version}"):
+                home = folder / f"python-torch-{version}"
+                exe = wine.python_home(python, version, home)
+                wheels = wine.windows_path(bootstrap.ROOT / "dist")
+                install = [exe, "-m", "pip", "install", "--no-index", "--find-links", wheels]
+                status = wine.run([*install, "mamba_ssm", "causal_conv1d"], env)
+                pytest = [exe, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+                failed |= status or wine.run([*pytest, *options.pytest], env)
+    return failed
 
 
 def test_gpu(options):
@@ -83,7 +140,18 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu", action="store_true", help="run the CUDA tests; needs no network")
+    parser.add_argument(
+        "--windows", action="store_true", help="test the Windows wheel under Wine, on Linux"
+    )
     parser.add_argument("--preset", help="CMake preset to build (default: the CPU's)")
+    parser.add_argument(
+        "-D",
+        dest="definitions",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="passed on to CMake, as -DMAMBA_WERROR=ON",
+    )
     parser.add_argument("--build-only", action="store_true", help="stop after the build")
     parser.add_argument(
         "--torch", default=bootstrap.TORCH, help="version or specifier (default: %(default)s)"
@@ -92,6 +160,8 @@ def main():
         "pytest", nargs="*", metavar="-- PYTEST_ARGUMENT", help="passed on to pytest"
     )
     options = parser.parse_args()
+    if options.windows:
+        return test_windows(options)
     return test_gpu(options) if options.gpu else test_cpu(options)
 
 

@@ -28,7 +28,7 @@ if(NOT TorchStable_INCLUDE_DIR OR NOT TorchStable_LIBRARY)
 endif()
 message(STATUS "Torch: ${_torch}")
 
-add_library(TorchStable::TorchStable INTERFACE IMPORTED)
+add_library(TorchStable::TorchStable INTERFACE IMPORTED GLOBAL)
 target_include_directories(TorchStable::TorchStable SYSTEM INTERFACE "${TorchStable_INCLUDE_DIR}")
 target_compile_definitions(TorchStable::TorchStable INTERFACE
   TORCH_TARGET_VERSION=0x020a000000000000ULL TORCH_STABLE_ONLY)

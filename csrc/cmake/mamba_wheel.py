@@ -56,6 +56,8 @@ def dynamic_metadata(settings, project):
 def platform_tag(libraries):
     """The oldest system that all libraries run on: computed from the symbols that they use."""
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    if any(library.suffix == ".dll" for library in libraries):
+        return "win_amd64"  # cross compiled or not
     if not platform.startswith("linux_"):
         return platform
     minor = 17

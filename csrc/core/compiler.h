@@ -20,3 +20,10 @@
 #else
 #define MAMBA_ALWAYS_INLINE inline __attribute__((always_inline))
 #endif
+
+// GCC for Windows throws exceptions that libraries built by cl.exe cannot catch.
+#if defined(__MINGW32__)
+#define MAMBA_FOREIGN_EXCEPTIONS 1
+#else
+#define MAMBA_FOREIGN_EXCEPTIONS 0
+#endif

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "binding.h"
+#include "box.h"
 #include "core/error.h"
 
 namespace mamba_native::binding {
@@ -149,19 +150,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mamba_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CPU, m) {
-  m.impl("causal_conv1d_forward", TORCH_BOX(&mamba_native::binding::causal_conv1d_forward));
-  m.impl("causal_conv1d_backward", TORCH_BOX(&mamba_native::binding::causal_conv1d_backward));
-  m.impl("causal_conv1d_update", TORCH_BOX(&mamba_native::binding::causal_conv1d_update));
+  m.impl("causal_conv1d_forward", MAMBA_BOX(&mamba_native::binding::causal_conv1d_forward));
+  m.impl("causal_conv1d_backward", MAMBA_BOX(&mamba_native::binding::causal_conv1d_backward));
+  m.impl("causal_conv1d_update", MAMBA_BOX(&mamba_native::binding::causal_conv1d_update));
   m.impl("causal_conv1d_varlen_states",
-         TORCH_BOX(&mamba_native::binding::causal_conv1d_varlen_states));
+         MAMBA_BOX(&mamba_native::binding::causal_conv1d_varlen_states));
 }
 
 #if MAMBA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CUDA, m) {
-  m.impl("causal_conv1d_forward", TORCH_BOX(&mamba_native::binding::causal_conv1d_forward));
-  m.impl("causal_conv1d_backward", TORCH_BOX(&mamba_native::binding::causal_conv1d_backward));
-  m.impl("causal_conv1d_update", TORCH_BOX(&mamba_native::binding::causal_conv1d_update));
+  m.impl("causal_conv1d_forward", MAMBA_BOX(&mamba_native::binding::causal_conv1d_forward));
+  m.impl("causal_conv1d_backward", MAMBA_BOX(&mamba_native::binding::causal_conv1d_backward));
+  m.impl("causal_conv1d_update", MAMBA_BOX(&mamba_native::binding::causal_conv1d_update));
   m.impl("causal_conv1d_varlen_states",
-         TORCH_BOX(&mamba_native::binding::causal_conv1d_varlen_states));
+         MAMBA_BOX(&mamba_native::binding::causal_conv1d_varlen_states));
 }
 #endif

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "binding.h"
+#include "box.h"
 
 namespace mamba_native::binding {
 namespace {
@@ -94,13 +95,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mamba_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CPU, m) {
-  m.impl("layer_norm_forward", TORCH_BOX(&mamba_native::binding::layer_norm_forward));
-  m.impl("layer_norm_backward", TORCH_BOX(&mamba_native::binding::layer_norm_backward));
+  m.impl("layer_norm_forward", MAMBA_BOX(&mamba_native::binding::layer_norm_forward));
+  m.impl("layer_norm_backward", MAMBA_BOX(&mamba_native::binding::layer_norm_backward));
 }
 
 #if MAMBA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CUDA, m) {
-  m.impl("layer_norm_forward", TORCH_BOX(&mamba_native::binding::layer_norm_forward));
-  m.impl("layer_norm_backward", TORCH_BOX(&mamba_native::binding::layer_norm_backward));
+  m.impl("layer_norm_forward", MAMBA_BOX(&mamba_native::binding::layer_norm_forward));
+  m.impl("layer_norm_backward", MAMBA_BOX(&mamba_native::binding::layer_norm_backward));
 }
 #endif

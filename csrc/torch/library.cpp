@@ -1,8 +1,9 @@
 // What belongs to the library as a whole: torch's threads for our loops, and what this build is.
 #include "binding.h"
+#include "box.h"
 #include "core/cpu/isa.h"
 #include "core/error.h"
-#include "core/parallel_for.h"
+#include "parallel.h"
 
 #if MAMBA_WITH_CUDA
 #include "core/cuda/device.h"
@@ -10,21 +11,6 @@
 
 namespace mamba_native::binding {
 namespace {
-
-struct Work {
-  ParallelBody body;
-  void* context;
-
-  static void run(std::int64_t begin, std::int64_t end, void* self) {
-    const Work& work = *static_cast<const Work*>(self);
-    work.body(work.context, begin, end);
-  }
-};
-
-void torch_parallel(std::int64_t count, std::int64_t grain, ParallelBody body, void* context) {
-  Work work{body, context};
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, &Work::run, &work));
-}
 
 // JSON, for the loader, the benchmark and bug reports.
 std::string native_info() {
@@ -54,9 +40,9 @@ std::string native_info() {
 
 STABLE_TORCH_LIBRARY(mamba_native, m) {
   m.def("native_info() -> str");
-  mamba_native::set_parallel_backend(&mamba_native::binding::torch_parallel);
+  mamba_native::binding::use_torch_threads();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CompositeExplicitAutograd, m) {
-  m.impl("native_info", TORCH_BOX(&mamba_native::binding::native_info));
+  m.impl("native_info", MAMBA_BOX(&mamba_native::binding::native_info));
 }

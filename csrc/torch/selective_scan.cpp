@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "binding.h"
+#include "box.h"
 #include "core/math.h"
 
 namespace mamba_native::binding {
@@ -117,13 +118,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mamba_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CPU, m) {
-  m.impl("selective_scan_forward", TORCH_BOX(&mamba_native::binding::selective_scan_forward));
-  m.impl("selective_scan_backward", TORCH_BOX(&mamba_native::binding::selective_scan_backward));
+  m.impl("selective_scan_forward", MAMBA_BOX(&mamba_native::binding::selective_scan_forward));
+  m.impl("selective_scan_backward", MAMBA_BOX(&mamba_native::binding::selective_scan_backward));
 }
 
 #if MAMBA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CUDA, m) {
-  m.impl("selective_scan_forward", TORCH_BOX(&mamba_native::binding::selective_scan_forward));
-  m.impl("selective_scan_backward", TORCH_BOX(&mamba_native::binding::selective_scan_backward));
+  m.impl("selective_scan_forward", MAMBA_BOX(&mamba_native::binding::selective_scan_forward));
+  m.impl("selective_scan_backward", MAMBA_BOX(&mamba_native::binding::selective_scan_backward));
 }
 #endif

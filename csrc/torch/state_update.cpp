@@ -1,6 +1,7 @@
 #include "state_update/state_update.h"
 
 #include "binding.h"
+#include "box.h"
 
 namespace mamba_native::binding {
 namespace {
@@ -42,11 +43,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mamba_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CPU, m) {
-  m.impl("selective_state_update", TORCH_BOX(&mamba_native::binding::selective_state_update));
+  m.impl("selective_state_update", MAMBA_BOX(&mamba_native::binding::selective_state_update));
 }
 
 #if MAMBA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CUDA, m) {
-  m.impl("selective_state_update", TORCH_BOX(&mamba_native::binding::selective_state_update));
+  m.impl("selective_state_update", MAMBA_BOX(&mamba_native::binding::selective_state_update));
 }
 #endif

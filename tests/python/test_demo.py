@@ -136,8 +136,8 @@ def test_winning_leaves_everything(run, tmp_path, capsys):
     else:
         expected |= {"curve.png", "curve.svg"}
     assert names == expected
-    sample = (tmp_path / "out" / "sample.txt").read_bytes()
-    assert len(sample) == 64 + demo.SAMPLE_BYTES
+    sample = (tmp_path / "out" / "sample.txt").read_text("utf-8")
+    assert 64 < len(sample) <= 64 + demo.SAMPLE_BYTES  # bytes of one character may stand together
 
 
 def test_interruption_and_resume_give_the_same_numbers(run, tmp_path, monkeypatch, capsys):

@@ -50,10 +50,12 @@ def imports_of_elf(library):
 
 
 def imports_of_pe(library):
-    report = read("dumpbin", "/nologo", "/imports", library)
-    needed = re.findall(r"^    (\S+\.dll)$", report, re.MULTILINE | re.IGNORECASE)
-    section = re.search(r"^    torch_cpu\.dll$(.*?)(?=^    \S+\.dll$|\Z)", report, re.M | re.S)
-    return needed, set(re.findall(r"^ +[0-9A-F]+ (\w+)$", section[1], re.MULTILINE))
+    pefile = pytest.importorskip("pefile")
+    table = {
+        entry.dll.decode().lower(): {symbol.name.decode() for symbol in entry.imports}
+        for entry in pefile.PE(str(library)).DIRECTORY_ENTRY_IMPORT
+    }
+    return list(table), table["torch_cpu.dll"]
 
 
 @pytest.fixture(scope="module")

@@ -98,11 +98,7 @@ def test_schema_is_one_that_the_oldest_cmake_reads():
 @pytest.mark.parametrize("name", WINDOWS)
 def test_windows_presets_show_on_windows_only(name):
     assert usable(name, "Windows")
-    assert usable(name, "Windows", {"VSCMD_ARG_TGT_ARCH": "x64"})
     assert not usable(name, "Linux")
-    if name not in SOLUTIONS:  # those choose the platform themselves
-        assert not usable(name, "Windows", {"VSCMD_ARG_TGT_ARCH": "x86"})
-        assert not usable(name, "Windows", {"VSCMD_ARG_TGT_ARCH": "arm64"})
 
 
 @pytest.mark.parametrize("name", LINUX)
@@ -187,12 +183,21 @@ def test_what_makes_the_special_ones_special():
     assert Path(expand(toolchain, "windows-mingw")).is_file()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="shows presets for Linux")
-@pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not on PATH")
-@pytest.mark.parametrize("name", LINUX)
+HERE = WINDOWS if sys.platform == "win32" else LINUX
+NEEDS_CMAKE = pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not on PATH")
+
+
+def cmake(*arguments):
+    command = ["cmake", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@NEEDS_CMAKE
+@pytest.mark.parametrize("name", HERE)
 def test_cmake_agrees(name):
-    command = ["cmake", "-N", "--preset", name]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = cmake("-N", "--preset", name)
+    if "Could not create named generator" in result.stderr:
+        pytest.skip("this cmake is older than the Visual Studio of the preset")
     assert result.returncode == 0, result.stderr
     # a toolchain file's own line has a type: CMAKE_TOOLCHAIN_FILE:FILEPATH="..."
     told = dict(re.findall(r'^  (\w+)(?::\w+)?="(.*)"$', result.stdout, re.MULTILINE))
@@ -200,9 +205,7 @@ def test_cmake_agrees(name):
     assert told == {key: expand(value, name) for key, value in cache(name).items()}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="shows presets for Linux")
-@pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not on PATH")
-def test_cmake_lists_the_linux_presets_and_no_others():
-    command = ["cmake", "--list-presets"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r'^  "([^"]+)"', listed, re.MULTILINE)) == set(LINUX)
+@NEEDS_CMAKE
+def test_cmake_lists_the_presets_of_this_system_and_no_others():
+    listed = set(re.findall(r'^  "([^"]+)"', cmake("--list-presets").stdout, re.MULTILINE))
+    assert listed in (set(HERE), set(HERE) - {"vs2026"})  # cmake before 4.2 knows no such generator

@@ -172,7 +172,8 @@ def run(options):
 
     bits = training.held_out[-1][1]
     sample = training.sample(text[split - 64 : split], SAMPLE_BYTES)
-    (options.out / "sample.txt").write_bytes(sample)
+    text = sample.decode("utf-8", "replace")
+    (options.out / "sample.txt").write_text(text, "utf-8", newline="\n")
     result = {
         "bits_per_byte": bits,
         "order_2_bits_per_byte": baseline,
