@@ -10,6 +10,8 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import _visual_studio as visual_studio
+
 ROOT = Path(__file__).resolve().parent.parent
 WINDOWS = sys.platform == "win32"
 TORCH = "2.13.0"
@@ -39,6 +41,8 @@ def run(command, **options):
 
 def environment_python():
     """The Python of .venv, made on first use."""
+    if WINDOWS:
+        visual_studio.check_python()
     folder = ROOT / ".venv"
     python = folder / ("Scripts/python.exe" if WINDOWS else "bin/python")
     if not python.is_file():
@@ -121,39 +125,11 @@ def _xsimd_headers(python):
     return str(headers)
 
 
-def _msvc_environment():
-    """The variables that a developer prompt of the newest Visual Studio sets."""
-    installer = Path(os.environ["ProgramFiles(x86)"]) / "Microsoft Visual Studio" / "Installer"
-    query = [
-        str(installer / "vswhere.exe"),
-        "-latest",
-        "-products",
-        "*",
-        "-property",
-        "installationPath",
-    ]
-    query += ["-requires", "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except OSError:
-        found = ""
-    if not found:
-        sys.exit(
-            "No Visual C++ found. Install Visual Studio or its Build Tools, with the workload "
-            '"Desktop development with C++".'
-        )
-    script = Path(found) / "VC" / "Auxiliary" / "Build" / "vcvars64.bat"
-    output = subprocess.run(
-        f'"{script}" >nul && set', shell=True, capture_output=True, text=True
-    ).stdout
-    return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
-
-
-def build_environment(python):
+def build_environment(python, preset=""):
     """Variables for cmake: the tools of .venv first, a compiler, xsimd, ccache if there is one."""
     env = dict(os.environ)
-    if WINDOWS and "VSCMD_ARG_TGT_ARCH" not in env:
-        env.update(_msvc_environment())
+    if WINDOWS:
+        env = visual_studio.environment(env, preset)
     path = next(name for name in env if name.upper() == "PATH")
     env[path] = str(python.parent) + os.pathsep + env[path]
     env["MAMBA_XSIMD_DIR"] = _xsimd_headers(python)

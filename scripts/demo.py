@@ -26,11 +26,11 @@ def main():
     with bootstrap.leg("torch and build tools"):
         python = bootstrap.environment_python()
         cuda = bootstrap.cuda_major()
+        preset = options.preset or bootstrap.default_preset(cuda)
         bootstrap.install_torch(python, options.torch, cuda)
         bootstrap.install_build_tools(python)
-        env = bootstrap.build_environment(python)
+        env = bootstrap.build_environment(python, preset)
     with bootstrap.leg("build the wheels"):
-        preset = options.preset or bootstrap.default_preset(cuda)
         bootstrap.configure(python, env, preset, "-DMAMBA_TESTS=OFF", "-DMAMBA_BENCH=OFF")
         bootstrap.build(env, preset, "--target", "wheel")
     with bootstrap.leg("install the wheels"):

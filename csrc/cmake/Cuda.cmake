@@ -52,6 +52,8 @@ set(MAMBA_WITH_CUDA 1)
 if(NOT CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER "${CUDAToolkit_NVCC_EXECUTABLE}")
 endif()
+include(CudaParts)
+mamba_check_cuda_parts(${CUDAToolkit_VERSION} "${CUDAToolkit_BIN_DIR}" ${CUDAToolkit_INCLUDE_DIRS})
 include(CudaHostCompiler)
 
 execute_process(COMMAND "${CUDAToolkit_NVCC_EXECUTABLE}" --list-gpu-code OUTPUT_VARIABLE _supported
@@ -75,6 +77,7 @@ if(DEFINED CMAKE_CUDA_ARCHITECTURES)
   if(CMAKE_CUDA_ARCHITECTURES STREQUAL "native") # CMake's own stops without a GPU
     mamba_cuda_architectures(CMAKE_CUDA_ARCHITECTURES native "${_supported}" "${_native}")
   endif()
+  mamba_check_architectures("${CMAKE_CUDA_ARCHITECTURES}" "${_supported}")
 elseif(TORCH_CUDA_ARCH_LIST)
   set(_source "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST}, over the preset's ${_default}")
   mamba_cuda_architectures(CMAKE_CUDA_ARCHITECTURES "${TORCH_CUDA_ARCH_LIST}" "${_supported}" "${_native}")

@@ -35,6 +35,26 @@ function(_mamba_parse_number out word)
   set(${out} "${number}${suffix}" PARENT_SCOPE)
 endfunction()
 
+# Stops if nvcc, or the kernels, cannot do a number that was written in <text>.
+function(_mamba_check_number number word text supported)
+  if(NOT number IN_LIST supported OR number LESS MAMBA_OLDEST_ARCHITECTURE)
+    string(REPLACE ";" ", " can "${supported}")
+    message(FATAL_ERROR "CUDA architecture \"${word}\" of \"${text}\" cannot be built: the kernels need "
+                        "${MAMBA_OLDEST_ARCHITECTURE} or newer, and this nvcc builds ${can}. Leave it out, or take "
+                        "a CUDA that builds it.")
+  endif()
+endfunction()
+
+# mamba_check_architectures(<CMAKE_CUDA_ARCHITECTURES> <supported>)
+# What CMake is given as it stands; its names, such as all-major, are CMake's own matter.
+function(mamba_check_architectures text supported)
+  foreach(word IN LISTS text)
+    if(word MATCHES "^([0-9]+)[af]?(-real|-virtual)?$")
+      _mamba_check_number(${CMAKE_MATCH_1} ${word} "${text}" "${supported}")
+    endif()
+  endforeach()
+endfunction()
+
 # mamba_cuda_architectures(<out> <text> <supported> <native>)
 #   text       7.5;8.6+PTX | 75,86 | sm_90 | Ampere | native | all | all-major | wheel | any mixture
 #   supported  the numbers that nvcc builds: 75;80;...
@@ -62,10 +82,7 @@ function(mamba_cuda_architectures out text supported native)
     _mamba_parse_number(architecture "${word}")
     if(architecture)
       string(REGEX MATCH "^[0-9]+" number "${architecture}")
-      if(NOT number IN_LIST known)
-        message(FATAL_ERROR "CUDA architecture \"${word}\" of \"${text}\" cannot be built: the kernels need "
-                            "${MAMBA_OLDEST_ARCHITECTURE} or newer, and this nvcc builds ${can}")
-      endif()
+      _mamba_check_number(${number} "${word}" "${text}" "${supported}")
       list(APPEND result ${architecture})
       continue()
     endif()

@@ -133,35 +133,6 @@ def test_native_asks_the_gpu(tmp_path):
     assert good and output.endswith(f"=> {WHEEL}.")
 
 
-MSVC_HEADER = "\n#if _MSC_VER < 1920 || _MSC_VER >= 1950\n#if __GNUC__ > 15\n"
-
-
-@pytest.mark.parametrize(
-    "compiler, version, cure",
-    [
-        ("MSVC", 1944, None),
-        ("MSVC", 1950, "x64-release-v143"),
-        ("MSVC", 1916, "takes from 1920 to below 1950"),
-        ("GNU", 15, None),
-        ("GNU", 16, "takes from 0 to below 16"),
-    ],
-)
-def test_host_compiler_is_held_against_the_toolkits_header(tmp_path, compiler, version, cure):
-    (tmp_path / "crt").mkdir()
-    (tmp_path / "crt" / "host_config.h").write_text(MSVC_HEADER, encoding="utf-8")
-    good, output = script(
-        tmp_path,
-        f'set(CUDAToolkit_INCLUDE_DIRS "{tmp_path.as_posix()}")',
-        f"set(MSVC {int(compiler == 'MSVC')})",
-        f"set(MSVC_VERSION {version})",
-        f"set(CMAKE_CXX_COMPILER_ID {compiler})",
-        f"set(CMAKE_CXX_COMPILER_VERSION {version}.1.0)",
-        f'include("{MODULES.as_posix()}/CudaHostCompiler.cmake")',
-    )
-    assert good == (cure is None), output
-    assert good or cure in output
-
-
 class Project:
     """One build folder, configured again and again."""
 
@@ -299,6 +270,8 @@ def test_a_changed_variable_configures_again(project):
 
 @pytest.fixture(scope="module")
 def without_nvcc(tmp_path_factory):
+    if sys.platform == "win32" and not shutil.which("cl"):
+        pytest.skip("configuring needs a developer prompt")
     bare = Project(tmp_path_factory.mktemp("cpu"))
     bare.options.append("-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON")
     return bare
