@@ -15,7 +15,7 @@ set(MAMBA_SANITIZE "" CACHE STRING "Sanitizers for C++, as in address,undefined"
 set(MAMBA_XSIMD_DIR "$ENV{MAMBA_XSIMD_DIR}" CACHE PATH
     "Folder that holds xsimd/xsimd.hpp; empty to find or fetch xsimd")
 set(MAMBA_DIST_DIR "${PROJECT_SOURCE_DIR}/dist" CACHE PATH "Where target wheel leaves the wheels")
-set(MAMBA_WHEEL_LIBRARIES "" CACHE STRING
+set(MAMBA_WHEEL_EXTRA_LIBS "" CACHE STRING
     "Op libraries of other builds that the wheel carries too, as that of the other CUDA major")
 
 # The virtual environment that scripts/ make, where no other is active.

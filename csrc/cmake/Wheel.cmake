@@ -1,9 +1,13 @@
 # Target wheel: packs what is built into MAMBA_DIST_DIR. pyproject.toml describes the same wheel to pip, which
 # installs component wheel_native and adds the Python files itself.
 
+include(WheelLibraries)
+get_target_property(_own mamba_native_ops OUTPUT_NAME)
+mamba_wheel_libraries(_libraries ${_own}${CMAKE_SHARED_MODULE_SUFFIX} ${MAMBA_WHEEL_EXTRA_LIBS})
+
 install(TARGETS mamba_native_ops COMPONENT wheel_native EXCLUDE_FROM_ALL
         LIBRARY DESTINATION mamba_ssm/native RUNTIME DESTINATION mamba_ssm/native)
-install(FILES ${MAMBA_WHEEL_LIBRARIES} DESTINATION mamba_ssm/native COMPONENT wheel_native EXCLUDE_FROM_ALL)
+install(FILES ${_libraries} DESTINATION mamba_ssm/native COMPONENT wheel_native EXCLUDE_FROM_ALL)
 # modules beside the package: those listed and no others
 install(FILES python/selective_scan_cuda.py DESTINATION . COMPONENT wheel_native EXCLUDE_FROM_ALL OPTIONAL)
 install(DIRECTORY python/mamba_ssm DESTINATION . COMPONENT wheel_python EXCLUDE_FROM_ALL
