@@ -5,7 +5,6 @@ The operations that fail are those of tests/torch/fail.cpp; scripts/test.py says
 
 import os
 
-import psutil
 import pytest
 import torch
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -40,6 +39,8 @@ def fail_in_operation(_):
 
 @pytest.mark.parametrize("call", [fail, fail_in_loop, fail_in_operation], ids=lambda f: f.__name__)
 def test_a_thousand_errors_in_a_row(failing, call):
+    psutil = pytest.importorskip("psutil")
+
     def memory_after():
         for _ in range(TIMES):
             call(failing)
