@@ -1,4 +1,4 @@
-"""Checks the form of every source file: clang-format for C++ and CUDA, ruff for Python.
+"""Checks every source file: clang-format and msvc_lint.py for C++ and CUDA, ruff for Python.
 
 python scripts/lint.py
 python scripts/lint.py --fix            # changes what can be changed mechanically
@@ -12,6 +12,7 @@ import _bootstrap as bootstrap
 
 CLANG_FORMAT = "clang-format==23.1.5"
 RUFF = "ruff==0.17.6"
+LIBCLANG = "libclang==18.1.1"
 CPP_FOLDERS = ("csrc", "tests")
 CPP_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 PYTHON_FOLDERS = ("python", "scripts", "tests")
@@ -28,7 +29,7 @@ def main():
 
     with bootstrap.leg("linters"):
         python = bootstrap.environment_python()
-        bootstrap.pip_install(python, CLANG_FORMAT, RUFF)
+        bootstrap.pip_install(python, CLANG_FORMAT, RUFF, LIBCLANG)
     tools = python.parent
     files = [
         path
@@ -39,6 +40,7 @@ def main():
     how = ["-i"] if options.fix else ["--dry-run", "--Werror"]
     commands = {
         "clang-format": [tools / "clang-format", *how, *files],
+        "msvc_lint": [python, bootstrap.ROOT / "scripts" / "msvc_lint.py"],
         "ruff check": [
             tools / "ruff",
             "check",

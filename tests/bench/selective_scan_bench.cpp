@@ -33,7 +33,7 @@ constexpr Size kSizes[] = {{1, 1536, 16, 512}, {1, 1536, 16, 2048}, {2, 256, 64,
 // As Mamba-1's layer calls it: one group, D, z, delta_bias and softplus.
 class Problem {
  public:
-  Problem(const Size& size, DType dtype) : size_(size), dtype_(dtype) {
+  Problem(const Size& size, DType dtype) : size_(size) {
     const auto [B, D, N, L] = size;
     ForwardParams& f = forward_;
     f.in.u = fill(dtype, {B, D, L}, -1, 1);
@@ -81,7 +81,6 @@ class Problem {
   }
 
   Size size_;
-  DType dtype_;
   std::mt19937 random_{1};
   std::vector<std::vector<unsigned char>> storage_;
   ForwardParams forward_;

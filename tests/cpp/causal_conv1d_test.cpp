@@ -1436,7 +1436,6 @@ TEST(CausalConv1d, VarlenStatesRefusesWhatItCannotDo) {
 }
 
 TEST(CausalConv1d, RefusesFloat64OnCuda) {
-  Inputs in;
   ForwardParams params;
   params.in.x = TensorView(nullptr, DType::f64, {1, 1, 1}, test::kCuda);
   EXPECT_THROW(forward(params), Error);

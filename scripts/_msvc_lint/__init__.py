@@ -1,0 +1,1 @@
+"""What scripts/msvc_lint.py is made of: tokens, sources, rules, and the two ways to ask clang."""
