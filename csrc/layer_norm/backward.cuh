@@ -3,6 +3,7 @@
 //   xhat = (h - mean) rstd,  c1 = mean(xhat w dy),  c2 = mean(w dy)  (RMSNorm: mean = c2 = 0)
 //   dh   = (w dy - xhat c1 - c2) rstd + dresidual_out;  dx = dresidual = dh
 //   dweight = sum over rows of dy xhat,  dbias = sum over rows of dy
+//   With BRANCHES w dy becomes w dy + w1 dy1, dx = dropout(dh) rowscale and dx1 = dropout(dh).
 //
 // Memory bandwidth decides again; what is new is a sum over rows for every column:
 //
@@ -30,9 +31,14 @@ struct Backward {
   Rows weight;         // (N)
   Rows dx;             // (M, N) T
   Rows dresidual;      // (M, N), optional
-  const float* mean;   // (M), null for RMS
-  const float* rstd;   // (M)
-  float* workspace;    // (gridDim.x, 2, N)
+  Rows dy1;            // (M, N) T, with weight1
+  Rows weight1;        // (N), optional
+  Rows dx1;            // (M, N), optional
+  Branches branches;
+  const float* mean;  // (M), null for RMS
+  const float* rstd;  // (M)
+  float* workspace;   // (gridDim.x, sums, N): dweight, dbias, dweight1, dbias1
+  int sums;           // 2, or 4 with weight1
   std::int64_t rows;
   int features;
   bool is_rms_norm;
@@ -42,13 +48,14 @@ struct Backward {
 template <int VECTORS>
 struct Loaded {
   Vector dy[VECTORS];
+  Vector dy1[VECTORS];  // only with BRANCHES
   Vector h[VECTORS];
   Vector dresidual_out[VECTORS];
   float mean = 0.0f;
   float rstd = 0.0f;
 };
 
-template <class T, int VECTORS>
+template <class T, int VECTORS, bool BRANCHES>
 __device__ __forceinline__ void load_row(const Backward& p, std::int64_t row, Loaded<VECTORS>& to) {
   const int features = row < p.rows ? p.features : 0;
 #pragma unroll
@@ -58,6 +65,12 @@ __device__ __forceinline__ void load_row(const Backward& p, std::int64_t row, Lo
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     to.dy[v] = load_vector<true>(p.dy, kDTypeOf<T>, row, column_of(v), features);
+  }
+  if (BRANCHES && p.dy1.data != nullptr) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      to.dy1[v] = load_vector<true>(p.dy1, kDTypeOf<T>, row, column_of(v), features);
+    }
   }
   if (p.dresidual_out.data != nullptr) {
 #pragma unroll
@@ -101,8 +114,8 @@ __device__ __forceinline__ void add_direct(const Backward& p, const Vector& dres
   }
 }
 
-// dh = direct - (xhat c1 + c2) rstd; stores dx and dresidual.
-template <class T, bool WHOLE>
+// dh = direct - (xhat c1 + c2) rstd; stores dx, dx1 and dresidual.
+template <class T, bool WHOLE, bool BRANCHES>
 __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t row, int column,
                                                const float (&xhat)[kVector],
                                                const float (&direct)[kVector], float c1, float c2,
@@ -112,26 +125,56 @@ __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t r
   for (int i = 0; i < kVector; ++i) {
     dh[i] = fmaf(-rstd, fmaf(xhat[i], c1, c2), direct[i]);
   }
-  store_vector<WHOLE>(p.dx, kDTypeOf<T>, row, column, p.features, dh);
   if (p.dresidual.data != nullptr) {
     store_vector<WHOLE>(p.dresidual, p.dresidual.dtype, row, column, p.features, dh);
   }
+  if constexpr (BRANCHES) {
+    if (p.dx1.data != nullptr) {
+      float dx1[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        dx1[i] = dh[i];
+      }
+      drop(p.branches, 1, row, column, dx1);
+      store_vector<WHOLE>(p.dx1, p.dx1.dtype, row, column, p.features, dx1);
+    }
+    drop(p.branches, 0, row, column, dh);
+    const float rowscale = rowscale_of(p.branches, row);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      dh[i] *= rowscale;
+    }
+  }
+  store_vector<WHOLE>(p.dx, kDTypeOf<T>, row, column, p.features, dh);
 }
 
-// Everything moves as vectors. Shared memory: kVector * VECTORS * 2 floats for each thread of one
-// row, when rows lie side by side.
-template <class T, int VECTORS, int THREADS>
+// What one vector of dy adds to the sums of its columns, and returns in `g`, dy on entry: w dy.
+__device__ __forceinline__ void take(const float (&weight)[kVector], const float (&xhat)[kVector],
+                                     float (&g)[kVector], float (&dweight)[kVector],
+                                     float (&dbias)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    dweight[i] = fmaf(g[i], xhat[i], dweight[i]);
+    dbias[i] += g[i];
+    g[i] *= weight[i];
+  }
+}
+
+// Everything moves as vectors. Shared memory: kVector * VECTORS * sums floats for each thread of
+// one row, when rows lie side by side.
+template <class T, int VECTORS, int THREADS, bool BRANCHES>
 __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
   __shared__ float slots[RowSum<2>::kSlots];
   extern __shared__ float shared_sums[];
   RowSum<2> row_sum(slots);
 
-  float dweight[VECTORS][kVector] = {};
-  float dbias[VECTORS][kVector] = {};
+  // dweight, dbias, dweight1, dbias1 of this thread's columns.
+  constexpr int kSums = BRANCHES ? 4 : 2;
+  float column_sums[kSums][VECTORS][kVector] = {};
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.y;
   std::int64_t first = std::int64_t{blockIdx.x} * blockDim.y;
   Loaded<VECTORS> loaded;
-  load_row<T>(p, first + threadIdx.y, loaded);
+  load_row<T, VECTORS, BRANCHES>(p, first + threadIdx.y, loaded);
   for (; first < p.rows; first += step) {
     const std::int64_t row = first + threadIdx.y;  // may lie beyond the end; then dy = 0
 
@@ -144,23 +187,33 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       float weight[kVector];
-      float dy[kVector];
       to_floats(load_vector<true>(p.weight, p.weight.dtype, 0, column_of(v), p.features),
                 p.weight.dtype, weight);
-      normalise<T>(p, loaded.h[v], loaded.dy[v], loaded.mean, rstd, xhat[v], dy);
+      normalise<T>(p, loaded.h[v], loaded.dy[v], loaded.mean, rstd, xhat[v], direct[v]);
+      take(weight, xhat[v], direct[v], column_sums[0][v], column_sums[1][v]);
+      if constexpr (BRANCHES) {
+        if (p.dy1.data != nullptr) {
+          float g[kVector];
+          to_floats(load_vector<true>(p.weight1, p.weight1.dtype, 0, column_of(v), p.features),
+                    p.weight1.dtype, weight);
+          to_floats(loaded.dy1[v], kDTypeOf<T>, g);
+          take(weight, xhat[v], g, column_sums[2][v], column_sums[3][v]);
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) {
+            direct[v][i] += g[i];
+          }
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        direct[v][i] = weight[i] * dy[i];
         sums[0] = fmaf(xhat[v][i], direct[v][i], sums[0]);
         sums[1] += direct[v][i];
-        dweight[v][i] = fmaf(dy[i], xhat[v][i], dweight[v][i]);
-        dbias[v][i] += dy[i];
       }
       add_direct(p, loaded.dresidual_out[v], rstd, direct[v]);
     }
 
     // 2. The next row's loads, then this row's sums.
-    load_row<T>(p, row + step, loaded);
+    load_row<T, VECTORS, BRANCHES>(p, row + step, loaded);
     row_sum(sums);
     const float c1 = sums[0] / static_cast<float>(p.features);
     const float c2 = p.is_rms_norm ? 0.0f : sums[1] / static_cast<float>(p.features);
@@ -169,32 +222,34 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
     if (row < p.rows) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        store_gradient<T, true>(p, row, column_of(v), xhat[v], direct[v], c1, c2, rstd);
+        store_gradient<T, true, BRANCHES>(p, row, column_of(v), xhat[v], direct[v], c1, c2, rstd);
       }
     }
   }
 
   // 4. Rows side by side add up one after the other; the last writes the block's row of partial
   // sums.
+  const int sums = BRANCHES ? p.sums : 2;
   for (unsigned turn = 0; turn < blockDim.y; ++turn) {
     if (threadIdx.y == turn) {
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
+      for (int sum = 0; sum < kSums; ++sum) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const int slot = static_cast<int>((v * kVector + i) * blockDim.x + threadIdx.x);
-          const int other = slot + static_cast<int>(VECTORS * kVector * blockDim.x);
-          if (turn > 0) {
-            dweight[v][i] += shared_sums[slot];
-            dbias[v][i] += shared_sums[other];
-          }
-          if (turn + 1 < blockDim.y) {
-            shared_sums[slot] = dweight[v][i];
-            shared_sums[other] = dbias[v][i];
-          } else if (column_of(v) < p.features) {
-            float* const out = p.workspace + std::int64_t{blockIdx.x} * 2 * p.features;
-            out[column_of(v) + i] = dweight[v][i];
-            out[p.features + column_of(v) + i] = dbias[v][i];
+        for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) {
+            const int slot =
+                static_cast<int>(((sum * VECTORS + v) * kVector + i) * blockDim.x + threadIdx.x);
+            float& value = column_sums[sum][v][i];
+            if (turn > 0) {
+              value += shared_sums[slot];
+            }
+            if (turn + 1 < blockDim.y) {
+              shared_sums[slot] = value;
+            } else if (column_of(v) < p.features && sum < sums) {
+              p.workspace[(std::int64_t{blockIdx.x} * sums + sum) * p.features + column_of(v) + i] =
+                  value;
+            }
           }
         }
       }
@@ -204,7 +259,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
 }
 
 // Rows of any width, strides and alignment, first half: a block walks each row twice and writes dh.
-template <class T, int THREADS>
+template <class T, int THREADS, bool BRANCHES>
 __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p) {
   __shared__ float slots[RowSum<2>::kSlots];
   RowSum<2> row_sum(slots);
@@ -234,12 +289,26 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           wdy[i] *= w[i];
+        }
+        if (BRANCHES && p.dy1.data != nullptr) {
+          float g[kVector];
+          to_floats(load_vector<false>(p.dy1, kDTypeOf<T>, row, column, p.features), kDTypeOf<T>,
+                    g);
+          to_floats(load_vector<false>(p.weight1, p.weight1.dtype, 0, column, p.features),
+                    p.weight1.dtype, w);
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) {
+            wdy[i] = fmaf(g[i], w[i], wdy[i]);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
           sums[0] = fmaf(xhat[i], wdy[i], sums[0]);
           sums[1] += wdy[i];
         }
         if (pass == 1) {
           add_direct(p, dresidual_out, rstd, wdy);
-          store_gradient<T, false>(p, row, column, xhat, wdy, c1, c2, rstd);
+          store_gradient<T, false, BRANCHES>(p, row, column, xhat, wdy, c1, c2, rstd);
         }
       }
       if (pass == 0) {
@@ -259,26 +328,28 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_columns(const Backwar
   if (column >= p.features) {
     return;
   }
-  float dweight[kVector] = {};
-  float dbias[kVector] = {};
+  float column_sums[4][kVector] = {};
   for (std::int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     const Vector h = load_vector<false>(p.h, p.h.dtype, row, column, p.features);
     const Vector dy = load_vector<false>(p.dy, kDTypeOf<T>, row, column, p.features);
+    const float one[kVector] = {1.0f, 1.0f, 1.0f, 1.0f};
     float xhat[kVector];
     float g[kVector];
     normalise<T>(p, h, dy, p.is_rms_norm ? 0.0f : p.mean[row], p.rstd[row], xhat, g);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      dweight[i] = fmaf(g[i], xhat[i], dweight[i]);
-      dbias[i] += g[i];
+    take(one, xhat, g, column_sums[0], column_sums[1]);
+    if (p.dy1.data != nullptr) {
+      to_floats(load_vector<false>(p.dy1, kDTypeOf<T>, row, column, p.features), kDTypeOf<T>, g);
+      take(one, xhat, g, column_sums[2], column_sums[3]);
     }
   }
-  float* const out = p.workspace + std::int64_t{blockIdx.y} * 2 * p.features;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (column + i < p.features) {
-      out[column + i] = dweight[i];
-      out[p.features + column + i] = dbias[i];
+  for (int sum = 0; sum < 4; ++sum) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (sum < p.sums && column + i < p.features) {
+        p.workspace[(std::int64_t{blockIdx.y} * p.sums + sum) * p.features + column + i] =
+            column_sums[sum][i];
+      }
     }
   }
 }
@@ -291,16 +362,18 @@ void launch_backward(const Backward& p, const BackwardPlan& plan, cudaStream_t s
     // No workspace bounds the first half, so it may have as many blocks as rows.
     const unsigned rows = static_cast<unsigned>(std::min<std::int64_t>(p.rows, 0x7fffffff));
     const unsigned threads = static_cast<unsigned>(plan.threads);
-    backward_kernel_any<T, kConfig.threads><<<rows, threads, 0, stream>>>(p);
+    backward_kernel_any<T, kConfig.threads, kConfig.branches><<<rows, threads, 0, stream>>>(p);
     MAMBA_CUDA_CHECK_LAUNCH();
     const dim3 grid(
         static_cast<unsigned>(ceil_div(p.features, std::int64_t{kVector} * plan.threads)), blocks);
     backward_kernel_columns<T, kConfig.threads><<<grid, threads, 0, stream>>>(p);
   } else {
+    constexpr int kSums = kConfig.branches ? 4 : 2;
     const dim3 block(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows));
     const std::size_t shared =
-        plan.rows > 1 ? sizeof(float) * 2 * kVector * kConfig.vectors * block.x : 0;
-    backward_kernel<T, kConfig.vectors, kConfig.threads><<<blocks, block, shared, stream>>>(p);
+        plan.rows > 1 ? sizeof(float) * kSums * kVector * kConfig.vectors * block.x : 0;
+    backward_kernel<T, kConfig.vectors, kConfig.threads, kConfig.branches>
+        <<<blocks, block, shared, stream>>>(p);
   }
   MAMBA_CUDA_CHECK_LAUNCH();
 }
@@ -326,7 +399,12 @@ void backward(const BackwardParams& params, const BackwardPlan& plan) {
     p.dresidual = rows_of(params.dresidual);
     p.mean = params.mean.as<const float>();
     p.rstd = params.rstd.as<const float>();
+    p.dy1 = rows_of(params.dy1);
+    p.weight1 = rows_of(params.weight1);
+    p.dx1 = rows_of(params.dx1);
+    p.branches = branches_of(params.rowscale, params.dropout);
     p.workspace = params.workspace.as<float>();
+    p.sums = static_cast<int>(params.workspace.size[1]);
     p.rows = params.h.size[0];
     p.features = static_cast<int>(params.h.size[1]);
     p.is_rms_norm = params.is_rms_norm;

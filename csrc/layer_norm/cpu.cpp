@@ -43,7 +43,7 @@ void forward(const ForwardParams& params, Isa isa) {
   }
   const std::int64_t features = params.x.size[1];
   parallel_for(params.x.size[0], grain_of(features), [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> scratch(static_cast<std::size_t>(kForwardArrays * padded(features)));
+    std::vector<float> scratch(static_cast<std::size_t>(arrays_of(params) * padded(features)));
     kernels->forward(params, begin, end, scratch.data());
   });
 }
@@ -59,24 +59,27 @@ void backward(const BackwardParams& params, Isa isa) {
   const std::int64_t count = params.workspace.size[0];
   const std::int64_t rows_of_block = ceil_div(rows, std::max<std::int64_t>(1, count));
   float* const workspace = params.workspace.as<float>();
+  const std::int64_t sums = params.workspace.size[1];
   const std::int64_t grain = ceil_div(grain_of(features), std::max<std::int64_t>(1, rows_of_block));
   parallel_for(count, grain, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> scratch(static_cast<std::size_t>(kBackwardArrays * padded(features)));
+    std::vector<float> scratch(static_cast<std::size_t>(arrays_of(params) * padded(features)));
     for (std::int64_t block = begin; block < end; ++block) {
       std::fill(scratch.begin(), scratch.end(), 0.0f);
       kernels->backward(params, std::min(rows, block * rows_of_block),
                         std::min(rows, (block + 1) * rows_of_block), scratch.data(),
-                        workspace + block * 2 * features);
+                        workspace + block * sums * features);
     }
   });
-  for (const TensorView* sum : {&params.dweight, &params.dbias}) {
-    if (!sum->present()) {
+  const TensorView* const outputs[] = {&params.dweight, &params.dbias, &params.dweight1,
+                                       &params.dbias1};
+  for (std::int64_t sum = 0; sum < sums; ++sum) {
+    if (!outputs[sum]->present()) {
       continue;
     }
-    float* const to = sum->as<float>();
+    float* const to = outputs[sum]->as<float>();
     std::fill_n(to, features, 0.0f);
     for (std::int64_t block = 0; block < count; ++block) {
-      const float* const from = workspace + (2 * block + (sum == &params.dbias ? 1 : 0)) * features;
+      const float* const from = workspace + (sums * block + sum) * features;
       for (std::int64_t n = 0; n < features; ++n) {
         to[n] += from[n];
       }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/cpu/isa.h"
+#include "layer_norm/branches.h"
 #include "layer_norm/layer_norm.h"
 
 namespace mamba_native::layer_norm::cpu {
@@ -22,17 +23,18 @@ std::int64_t blocks(std::int64_t rows);
 // A kernel works on rows [begin, end) in float32, in arrays padded with zeros to whole vectors of
 // any instruction set.
 inline constexpr std::int64_t kPad = 16;
-inline constexpr std::int64_t kForwardArrays = 4;  // h, weight, bias, residual and y
-inline constexpr std::int64_t kBackwardArrays =
-    6;  // xhat, w dy, dresidual_out, weight, dweight, dbias
+// h, one more, weight, bias; with branches weight1, bias1, dropout's factors.
+inline std::int64_t arrays_of(const ForwardParams& p) { return has_branches(p) ? 7 : 4; }
+// xhat, g, dh, weight, dweight, dbias; with branches the last three again, one more, factors.
+inline std::int64_t arrays_of(const BackwardParams& p) { return has_branches(p) ? 11 : 6; }
 
 inline std::int64_t padded(std::int64_t features) { return (features + kPad - 1) / kPad * kPad; }
 
 struct Kernels {
-  // scratch: kForwardArrays * padded(N) zeros.
+  // scratch: arrays_of(params) * padded(N) zeros.
   void (*forward)(const ForwardParams& params, std::int64_t begin, std::int64_t end,
                   float* scratch);
-  // scratch: kBackwardArrays * padded(N) zeros. Writes this block's row of the workspace.
+  // scratch: arrays_of(params) * padded(N) zeros. Writes this block's row of the workspace.
   void (*backward)(const BackwardParams& params, std::int64_t begin, std::int64_t end,
                    float* scratch, float* workspace);
 };

@@ -1,7 +1,8 @@
 // LayerNorm and RMSNorm with residual addition on CUDA, forward.
 //
 //   h = x + residual,  y = (h - mean) rstd weight + bias,  rstd = (mean((h - mean)^2) + eps)^-1/2
-//   (RMSNorm: mean = 0)
+//   (RMSNorm: mean = 0);  with BRANCHES h = dropout(x rowscale) + dropout(x1) + residual and a
+//   second output y1 = (h - mean) rstd weight1 + bias1
 //
 // Every element is read and written once and hardly computed with, so memory bandwidth decides:
 //
@@ -26,50 +27,112 @@ struct Forward {
   Rows residual;      // (M, N), optional
   Rows y;             // (M, N) T
   Rows residual_out;  // (M, N), optional
-  float* mean;        // (M), null for RMS
-  float* rstd;        // (M)
+  Rows x1;            // (M, N), optional
+  Rows weight1;       // (N), optional
+  Rows bias1;         // (N), optional
+  Rows y1;            // (M, N) T, with weight1
+  Branches branches;
+  std::uint8_t* mask;   // (M, N), null: not asked for
+  std::uint8_t* mask1;  // (M, N), null: not asked for
+  float* mean;          // (M), null for RMS
+  float* rstd;          // (M)
   std::int64_t rows;
   int features;
   float eps;
   bool is_rms_norm;
 };
 
-// The next kVector elements of h from a vector of x and one of the residual.
-template <class T>
-__device__ __forceinline__ void add_residual(const Forward& p, const Vector& x,
-                                             const Vector& residual, float (&h)[kVector]) {
-  to_floats(x, kDTypeOf<T>, h);
-  if (p.residual.data != nullptr) {
-    float r[kVector];
-    to_floats(residual, p.residual.dtype, r);
+// One vector each of what h is the sum of.
+struct Terms {
+  Vector x;
+  Vector x1;
+  Vector residual;
+};
+
+// `rowscale` is x's factor.
+template <class T, bool BRANCHES>
+__device__ __forceinline__ void add_terms(const Forward& p, const Terms& terms, float rowscale,
+                                          std::int64_t row, int column, float (&h)[kVector]) {
+  to_floats(terms.x, kDTypeOf<T>, h);
+  float other[kVector];
+  if constexpr (BRANCHES) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      h[i] += r[i];
+      h[i] *= rowscale;
+    }
+    drop(p.branches, 0, row, column, h);
+    if (p.x1.data != nullptr) {
+      to_floats(terms.x1, p.x1.dtype, other);
+      drop(p.branches, 1, row, column, other);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        h[i] += other[i];
+      }
+    }
+  }
+  if (p.residual.data != nullptr) {
+    to_floats(terms.residual, p.residual.dtype, other);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      h[i] += other[i];
     }
   }
 }
 
+__device__ __forceinline__ void store_mask(const Forward& p, std::uint8_t* mask, unsigned branch,
+                                           std::int64_t row, int column, int features) {
+  if (mask == nullptr) {
+    return;
+  }
+  const unsigned bits = kept_columns(p.branches, branch, row, column);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (column + i < features) {
+      mask[row * p.features + column + i] = static_cast<std::uint8_t>(bits >> i & 1u);
+    }
+  }
+}
+
+__device__ __forceinline__ void store_masks(const Forward& p, std::int64_t row, int column,
+                                            int features) {
+  store_mask(p, p.mask, 0, row, column, features);
+  store_mask(p, p.mask1, 1, row, column, features);
+}
+
 template <class T, bool WHOLE>
-__device__ __forceinline__ void store_normalised(const Forward& p, std::int64_t row, int column,
-                                                 float mean, float rstd,
-                                                 const float (&h)[kVector]) {
+__device__ __forceinline__ void store_output(const Forward& p, const Rows& weights,
+                                             const Rows& biases, const Rows& to, std::int64_t row,
+                                             int column, float mean, float rstd,
+                                             const float (&h)[kVector]) {
   float y[kVector];
   float weight[kVector];
-  to_floats(load_vector<WHOLE>(p.weight, p.weight.dtype, 0, column, p.features), p.weight.dtype,
+  to_floats(load_vector<WHOLE>(weights, weights.dtype, 0, column, p.features), weights.dtype,
             weight);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     y[i] = (h[i] - mean) * rstd * weight[i];
   }
-  if (p.bias.data != nullptr) {
+  if (biases.data != nullptr) {
     float bias[kVector];
-    to_floats(load_vector<WHOLE>(p.bias, p.bias.dtype, 0, column, p.features), p.bias.dtype, bias);
+    to_floats(load_vector<WHOLE>(biases, biases.dtype, 0, column, p.features), biases.dtype, bias);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       y[i] += bias[i];
     }
   }
-  store_vector<WHOLE>(p.y, kDTypeOf<T>, row, column, p.features, y);
+  store_vector<WHOLE>(to, kDTypeOf<T>, row, column, p.features, y);
+}
+
+template <class T, bool WHOLE, bool BRANCHES>
+__device__ __forceinline__ void store_normalised(const Forward& p, std::int64_t row, int column,
+                                                 float mean, float rstd,
+                                                 const float (&h)[kVector]) {
+  store_output<T, WHOLE>(p, p.weight, p.bias, p.y, row, column, mean, rstd, h);
+  if constexpr (BRANCHES) {
+    if (p.weight1.data != nullptr) {
+      store_output<T, WHOLE>(p, p.weight1, p.bias1, p.y1, row, column, mean, rstd, h);
+    }
+  }
 }
 
 __device__ __forceinline__ void store_statistics(const Forward& p, std::int64_t row, float mean,
@@ -83,7 +146,7 @@ __device__ __forceinline__ void store_statistics(const Forward& p, std::int64_t 
 }
 
 // Everything moves as vectors.
-template <class T, int VECTORS, int THREADS>
+template <class T, int VECTORS, int THREADS, bool BRANCHES>
 __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
   __shared__ float slots[RowSum<1>::kSlots];
   RowSum<1> row_sum(slots);
@@ -93,27 +156,38 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
     const bool active = row < p.rows;  // rows beyond the end still meet at the barriers
     const int features = active ? p.features : 0;
 
-    // 1. h, with the loads of up to four vectors of each tensor under way together.
-    constexpr int kGroup = VECTORS < 4 ? VECTORS : 4;
+    // 1. h, with the loads of up to four vectors of each tensor under way together; two where there
+    // are three tensors.
+    constexpr int kMost = BRANCHES ? 2 : 4;
+    constexpr int kGroup = VECTORS < kMost ? VECTORS : kMost;
     float h[VECTORS][kVector];
+    const float rowscale = BRANCHES && active ? rowscale_of(p.branches, row) : 1.0f;
 #pragma unroll
     for (int group = 0; group < VECTORS; group += kGroup) {
-      Vector x[kGroup];
-      Vector residual[kGroup];
+      Terms terms[kGroup];
 #pragma unroll
       for (int v = 0; v < kGroup; ++v) {
-        x[v] = load_vector<true>(p.x, kDTypeOf<T>, row, column_of(group + v), features);
+        terms[v].x = load_vector<true>(p.x, kDTypeOf<T>, row, column_of(group + v), features);
       }
       if (p.residual.data != nullptr) {
 #pragma unroll
         for (int v = 0; v < kGroup; ++v) {
-          residual[v] =
+          terms[v].residual =
               load_vector<true>(p.residual, p.residual.dtype, row, column_of(group + v), features);
+        }
+      }
+      if (BRANCHES && p.x1.data != nullptr) {
+#pragma unroll
+        for (int v = 0; v < kGroup; ++v) {
+          terms[v].x1 = load_vector<true>(p.x1, p.x1.dtype, row, column_of(group + v), features);
         }
       }
 #pragma unroll
       for (int v = 0; v < kGroup; ++v) {
-        add_residual<T>(p, x[v], residual[v], h[group + v]);
+        add_terms<T, BRANCHES>(p, terms[v], rowscale, row, column_of(group + v), h[group + v]);
+        if constexpr (BRANCHES) {
+          store_masks(p, row, column_of(group + v), features);
+        }
       }
     }
     if (p.residual_out.data != nullptr) {
@@ -153,7 +227,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         const int column = column_of(v);
-        store_normalised<T, true>(p, row, column, mean, rstd, h[v]);
+        store_normalised<T, true, BRANCHES>(p, row, column, mean, rstd, h[v]);
       }
       store_statistics(p, row, mean, rstd);
     }
@@ -161,31 +235,40 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
 }
 
 // Rows of any width, strides and alignment: the block walks each row three times (twice for
-// RMSNorm); after the first, most of it comes from the L2 cache.
-template <class T, int THREADS>
-__global__ void __launch_bounds__(THREADS) forward_kernel_any(const Forward p) {
+// RMSNorm); after the first, most of it comes from the L2 cache. Two blocks a multiprocessor with
+// BRANCHES: left alone (0), ptxas would spill for three.
+template <class T, int THREADS, bool BRANCHES>
+__global__ void __launch_bounds__(THREADS, BRANCHES ? 2 : 0) forward_kernel_any(const Forward p) {
   __shared__ float slots[RowSum<1>::kSlots];
   RowSum<1> row_sum(slots);
   const int step = static_cast<int>(blockDim.x) * kVector;
   for (std::int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const float rowscale = BRANCHES ? rowscale_of(p.branches, row) : 1.0f;
     float mean = 0.0f;
     float rstd = 0.0f;
     for (int pass = p.is_rms_norm ? 1 : 0; pass < 3; ++pass) {
       float sum[1] = {0.0f};
       for (int column = static_cast<int>(threadIdx.x) * kVector; column < p.features;
            column += step) {
-        const Vector x = load_vector<false>(p.x, kDTypeOf<T>, row, column, p.features);
-        Vector residual;
+        Terms terms;
+        terms.x = load_vector<false>(p.x, kDTypeOf<T>, row, column, p.features);
         if (p.residual.data != nullptr) {
-          residual = load_vector<false>(p.residual, p.residual.dtype, row, column, p.features);
+          terms.residual =
+              load_vector<false>(p.residual, p.residual.dtype, row, column, p.features);
+        }
+        if (BRANCHES && p.x1.data != nullptr) {
+          terms.x1 = load_vector<false>(p.x1, p.x1.dtype, row, column, p.features);
         }
         float h[kVector];
-        add_residual<T>(p, x, residual, h);
+        add_terms<T, BRANCHES>(p, terms, rowscale, row, column, h);
         if (pass == 2) {
+          if constexpr (BRANCHES) {
+            store_masks(p, row, column, p.features);
+          }
           if (p.residual_out.data != nullptr) {
             store_vector<false>(p.residual_out, p.residual_out.dtype, row, column, p.features, h);
           }
-          store_normalised<T, false>(p, row, column, mean, rstd, h);
+          store_normalised<T, false, BRANCHES>(p, row, column, mean, rstd, h);
           continue;
         }
 #pragma unroll
@@ -214,9 +297,10 @@ void launch_forward(const Forward& p, const ForwardPlan& plan, cudaStream_t stre
   const dim3 block(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows));
   const unsigned grid = static_cast<unsigned>(plan.blocks);
   if constexpr (kConfig.vectors == 0) {
-    forward_kernel_any<T, kConfig.threads><<<grid, block, 0, stream>>>(p);
+    forward_kernel_any<T, kConfig.threads, kConfig.branches><<<grid, block, 0, stream>>>(p);
   } else {
-    forward_kernel<T, kConfig.vectors, kConfig.threads><<<grid, block, 0, stream>>>(p);
+    forward_kernel<T, kConfig.vectors, kConfig.threads, kConfig.branches>
+        <<<grid, block, 0, stream>>>(p);
   }
   MAMBA_CUDA_CHECK_LAUNCH();
 }
@@ -239,6 +323,13 @@ void forward(const ForwardParams& params, const ForwardPlan& plan) {
   p.residual = rows_of(params.residual);
   p.y = rows_of(params.y);
   p.residual_out = rows_of(params.residual_out);
+  p.x1 = rows_of(params.x1);
+  p.weight1 = rows_of(params.weight1);
+  p.bias1 = rows_of(params.bias1);
+  p.y1 = rows_of(params.y1);
+  p.branches = branches_of(params.rowscale, params.dropout);
+  p.mask = params.mask;
+  p.mask1 = params.mask1;
   p.mean = params.mean.as<float>();
   p.rstd = params.rstd.as<float>();
   p.rows = params.x.size[0];

@@ -61,20 +61,55 @@ void check_rows(const char* op, const char* argument, const TensorView& tensor) 
               describe(tensor));
 }
 
+void check_affine(const Call& call, const char* weight_name, const TensorView& weight,
+                  const char* bias_name, const TensorView& bias, std::int64_t features) {
+  check_input(call, weight_name, weight, {features});
+  if (bias.present()) {
+    check_input(call, bias_name, bias, {features});
+    check_dtype(call.op, bias_name, bias, weight.dtype);
+  }
+}
+
+void check_dropout(const Call& call, const DropoutParams& dropout) {
+  MAMBA_CHECK(dropout.p >= 0.0 && dropout.p <= 1.0, call.op,
+              ": dropout_p must be from 0 to 1, got ", dropout.p);
+  MAMBA_CHECK(dropout.seed.present() == (dropout.p > 0.0), call.op,
+              ": seed must be given with a dropout_p above 0, and only then");
+  if (dropout.seed.present()) {
+    check_shape(call.op, "seed", dropout.seed, {1});
+    check_dtype(call.op, "seed", dropout.seed, DType::i64);
+    check_device(call.op, "seed", dropout.seed, call.device);
+  }
+}
+
 void validate(const ForwardParams& p) {
   check_rows(kForward, "x", p.x);
   const Call call{kForward, p.x.device, p.x.dtype == DType::f64};
   const std::int64_t rows = p.x.size[0];
   const std::int64_t features = p.x.size[1];
   check_input(call, "x", p.x, {rows, features});
-  check_input(call, "weight", p.weight, {features});
-  if (p.bias.present()) {
-    check_input(call, "bias", p.bias, {features});
-    check_dtype(kForward, "bias", p.bias, p.weight.dtype);
-  }
+  check_affine(call, "weight", p.weight, "bias", p.bias, features);
   if (p.residual.present()) {
     check_input(call, "residual", p.residual, {rows, features});
   }
+  if (p.x1.present()) {
+    check_input(call, "x1", p.x1, {rows, features});
+  }
+  MAMBA_CHECK(p.weight1.present() || !p.bias1.present(), kForward,
+              ": bias1 needs weight1, which asks for the second output");
+  MAMBA_CHECK(p.weight1.present() == p.y1.present(), kForward,
+              ": y1 is an output with weight1 and none without");
+  if (p.weight1.present()) {
+    check_affine(call, "weight1", p.weight1, "bias1", p.bias1, features);
+    check_output(call, "y1", p.y1, {rows, features}, p.x.dtype);
+  }
+  if (p.rowscale.present()) {
+    check_input(call, "rowscale", p.rowscale, {rows});
+  }
+  check_dropout(call, p.dropout);
+  MAMBA_CHECK((p.mask == nullptr && p.mask1 == nullptr) || p.dropout.p > 0.0, kForward,
+              ": mask and mask1 are outputs of dropout, and dropout_p is 0");
+  MAMBA_CHECK(p.mask1 == nullptr || p.x1.present(), kForward, ": mask1 is an output with x1");
   check_output(call, "y", p.y, {rows, features}, p.x.dtype);
   if (p.residual_out.present()) {
     check_output(call, "residual_out", p.residual_out, {rows, features}, p.residual_out.dtype);
@@ -101,6 +136,24 @@ void validate(const BackwardParams& p) {
     check_dtype(kBackward, "dresidual_out", p.dresidual_out, p.h.dtype);
   }
   check_input(call, "weight", p.weight, {features});
+  MAMBA_CHECK(p.weight1.present() == p.dy1.present(), kBackward,
+              ": dy1 is an input with weight1 and none without");
+  MAMBA_CHECK(p.weight1.present() == p.dweight1.present(), kBackward,
+              ": dweight1 is an output with weight1 and none without");
+  if (p.weight1.present()) {
+    check_input(call, "weight1", p.weight1, {features});
+    check_input(call, "dy1", p.dy1, {rows, features});
+    check_dtype(kBackward, "dy1", p.dy1, p.dy.dtype);
+    check_statistics(call, "dweight1", p.dweight1, features);
+  }
+  if (p.dbias1.present()) {
+    MAMBA_CHECK(p.weight1.present(), kBackward, ": dbias1 is an output with weight1");
+    check_statistics(call, "dbias1", p.dbias1, features);
+  }
+  if (p.rowscale.present()) {
+    check_input(call, "rowscale", p.rowscale, {rows});
+  }
+  check_dropout(call, p.dropout);
   MAMBA_CHECK(p.mean.present() != p.is_rms_norm, kBackward,
               ": mean is an input of LayerNorm and none of RMSNorm");
   if (p.mean.present()) {
@@ -108,6 +161,11 @@ void validate(const BackwardParams& p) {
   }
   check_statistics(call, "rstd", p.rstd, rows);
   check_output(call, "dx", p.dx, {rows, features}, p.dy.dtype);
+  if (p.dx1.present()) {
+    check_output(call, "dx1", p.dx1, {rows, features}, p.dx1.dtype);
+    MAMBA_CHECK((p.dx1.dtype == DType::f64) == call.is_double, kBackward,
+                ": dx1 must be float64 exactly when h is, got ", describe(p.dx1));
+  }
   if (p.dresidual.present()) {
     check_output(call, "dresidual", p.dresidual, {rows, features}, p.h.dtype);
   }
@@ -116,7 +174,7 @@ void validate(const BackwardParams& p) {
     check_statistics(call, "dbias", p.dbias, features);
   }
   check_shape(kBackward, "workspace", p.workspace,
-              {workspace_rows(rows, call.device), 2, features});
+              {workspace_rows(rows, call.device), p.weight1.present() ? 4 : 2, features});
   check_dtype(kBackward, "workspace", p.workspace, DType::f32);
   check_device(kBackward, "workspace", p.workspace, call.device);
   check_contiguous(call, "workspace", p.workspace);

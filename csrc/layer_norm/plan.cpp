@@ -4,6 +4,7 @@
 
 #include "core/cuda/alignment.h"
 #include "core/math.h"
+#include "layer_norm/branches.h"
 
 namespace mamba_native::layer_norm::cuda {
 namespace {
@@ -24,13 +25,15 @@ int walking_threads(std::int64_t features, const Config& config) {
   return static_cast<int>(std::min<std::int64_t>(config.threads, threads_for(features, 1)));
 }
 
+// The row of the table with so many vectors, negative when there is none.
 template <std::size_t COUNT>
-int index_of(const Config (&configs)[COUNT], int vectors) {
-  int index = 0;
-  while (configs[index].vectors != vectors) {
-    ++index;
+int index_of(const Config (&configs)[COUNT], int vectors, bool branches) {
+  for (std::size_t i = 0; i < COUNT; ++i) {
+    if (configs[i].vectors == vectors && configs[i].branches == branches) {
+      return static_cast<int>(i);
+    }
   }
-  return index;
+  return -1;
 }
 
 }  // namespace
@@ -41,19 +44,22 @@ ForwardPlan choose_forward(const ForwardParams& params) {
   constexpr std::int64_t kMaxBlocks = (std::int64_t{1} << 31) - 1;
   const bool whole = features % kVector == 0 && moves(params.x) && moves(params.weight) &&
                      moves(params.bias) && moves(params.residual) && moves(params.y) &&
-                     moves(params.residual_out);
+                     moves(params.residual_out) && moves(params.x1) && moves(params.weight1) &&
+                     moves(params.bias1) && moves(params.y1);
+  const bool branches = has_branches(params);
   int vectors = 0;
   for (const int candidate : {1, 2, 4, 8}) {
     const std::int64_t threads = threads_for(features, candidate);
-    const Config& config = kForwardConfigs[index_of(kForwardConfigs, candidate)];
+    const int index = index_of(kForwardConfigs, candidate, branches);
     // More vectors a thread mean fewer threads and a cheaper sum, but not when an eighth idles, and
     // beyond four the registers cost more than that.
     const bool fills = threads * kVector * candidate <= features + features / 8;
-    if (whole && threads <= config.threads && (vectors == 0 || (fills && candidate <= 4))) {
+    if (whole && index >= 0 && threads <= kForwardConfigs[index].threads &&
+        (vectors == 0 || (fills && candidate <= 4))) {
       vectors = candidate;
     }
   }
-  ForwardPlan plan{index_of(kForwardConfigs, vectors), 0, 1, 0};
+  ForwardPlan plan{index_of(kForwardConfigs, vectors, branches), 0, 1, 0};
   if (vectors == 0) {
     plan.threads = walking_threads(features, kForwardConfigs[plan.config]);
   } else {
@@ -70,17 +76,20 @@ BackwardPlan choose_backward(const BackwardParams& params) {
   const std::int64_t features = params.h.size[1];
   const bool whole = features % kVector == 0 && moves(params.dy) && moves(params.dresidual_out) &&
                      moves(params.h) && moves(params.weight) && moves(params.dx) &&
-                     moves(params.dresidual);
+                     moves(params.dresidual) && moves(params.dy1) && moves(params.weight1) &&
+                     moves(params.dx1);
+  const bool branches = has_branches(params);
   int vectors = 0;
   for (const int candidate : {2, 1}) {
-    const Config& config = kBackwardConfigs[index_of(kBackwardConfigs, candidate)];
+    const int index = index_of(kBackwardConfigs, candidate, branches);
     const std::int64_t threads = threads_for(features, candidate);
     // One vector only where one warp holds the row: a second warp costs more than a second vector.
-    if (whole && threads <= config.threads && (candidate > 1 || threads == kWarp)) {
+    if (whole && index >= 0 && threads <= kBackwardConfigs[index].threads &&
+        (candidate > 1 || threads == kWarp)) {
       vectors = candidate;
     }
   }
-  BackwardPlan plan{index_of(kBackwardConfigs, vectors), 0, 1, 0};
+  BackwardPlan plan{index_of(kBackwardConfigs, vectors, branches), 0, 1, 0};
   const Config& config = kBackwardConfigs[plan.config];
   if (vectors == 0) {
     plan.threads = walking_threads(features, config);

@@ -16,27 +16,33 @@ inline constexpr int kVector = 4;
 
 // One row = one kernel per dtype of x: a row of the tensor lies in the registers of `threads`
 // threads, `vectors` vectors each. The kernel without vectors walks over the tensor's row several
-// times instead; it takes any width, strides and alignment.
+// times instead; it takes any width, strides and alignment. `branches`: takes what has_branches()
+// says, too; its registers would cost the others their occupancy.
 struct Config {
   int vectors;
   int threads;  // of a block, at most
+  bool branches;
 };
 
 inline constexpr Config kForwardConfigs[] = {
-    {1, 512},  // up to 128 features in one warp
-    {2, 512},  // up to 256, and widths that four vectors a thread would fill badly
-    {4, 512},  // up to 8192
-    {8, 512},  // up to 16384
-    {0, 512},  // wider, or not made of vectors
+    {1, 512, false},  // up to 128 features in one warp
+    {2, 512, false},  // up to 256, and widths that four vectors a thread would fill badly
+    {4, 512, false},  // up to 8192
+    {8, 512, false},  // up to 16384
+    {0, 512, false},  // wider, or not made of vectors
+    {4, 512, true},   // up to 8192
+    {0, 512, true},   // wider, or not made of vectors
 };
 inline constexpr std::size_t kForwardCount = sizeof(kForwardConfigs) / sizeof(kForwardConfigs[0]);
 
 // The second kernel's limit of threads leaves it 96 registers, so that two blocks of 320 threads
 // (N = 2560) share a multiprocessor.
 inline constexpr Config kBackwardConfigs[] = {
-    {1, 640},  // up to 128 features in one warp
-    {2, 640},  // up to 5120
-    {0, 512},  // wider, or not made of vectors
+    {1, 640, false},  // up to 128 features in one warp
+    {2, 640, false},  // up to 5120
+    {0, 512, false},  // wider, or not made of vectors
+    {2, 512, true},   // up to 4096
+    {0, 512, true},   // wider, or not made of vectors
 };
 inline constexpr std::size_t kBackwardCount =
     sizeof(kBackwardConfigs) / sizeof(kBackwardConfigs[0]);
@@ -66,8 +72,8 @@ void forward(const ForwardParams& params, const ForwardPlan& plan);
 template <class T>
 void backward(const BackwardParams& params, const BackwardPlan& plan);
 
-// Second stage of backward: dweight and dbias are the sums of the first `blocks` rows of the
-// workspace.
+// Second stage of backward: dweight, dbias, dweight1 and dbias1 are the sums of the first `blocks`
+// rows of the workspace.
 void sum_workspace(const BackwardParams& params, std::int64_t blocks);
 
 }  // namespace mamba_native::layer_norm::cuda

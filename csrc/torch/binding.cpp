@@ -41,6 +41,7 @@ Device device_of(const char* op, const char* argument, const Tensor& tensor) {
 }  // namespace
 
 TensorView view(const char* op, const char* argument, const Tensor& tensor) {
+  MAMBA_CHECK(tensor.defined(), op, ": ", argument, " must be a tensor, got None");
   MAMBA_CHECK(tensor.dim() <= TensorView::kMaxDim, op, ": ", argument, " has ", tensor.dim(),
               " dimensions, at most ", TensorView::kMaxDim, " are possible");
   TensorView out;
@@ -60,6 +61,7 @@ TensorView view(const char* op, const char* argument, const Optional& tensor) {
 }
 
 void check_dim(const char* op, const char* argument, const Tensor& tensor, std::int64_t dim) {
+  MAMBA_CHECK(tensor.defined(), op, ": ", argument, " must be a tensor, got None");
   MAMBA_CHECK(tensor.dim() == dim, op, ": ", argument, " must have ", dim, " dimensions, got ",
               describe(view(op, argument, tensor)));
 }

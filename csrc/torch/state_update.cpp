@@ -11,12 +11,11 @@ Tensor selective_state_update(Tensor state, const Tensor& x, const Tensor& dt, c
                               const Optional& z, const Optional& dt_bias, bool dt_softplus,
                               const Optional& state_batch_indices) {
   constexpr char kOp[] = "selective_state_update";
-  check_dim(kOp, "x", x, 3);
+  state_update::Params params;
+  params.x = view(kOp, "x", x);
   const DeviceScope scope(x);
   Tensor out = empty(x, sizes_of(x), x.scalar_type());
-  state_update::Params params;
   params.state = view(kOp, "state", state);
-  params.x = view(kOp, "x", x);
   params.dt = view(kOp, "dt", dt);
   params.A = view(kOp, "A", A);
   params.B = view(kOp, "B", B);

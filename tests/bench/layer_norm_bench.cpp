@@ -1,5 +1,5 @@
-// RMSNorm with a float32 residual on the CPU. Bytes are what the tensors need: x, residual, y and
-// residual_out forward; dy, h, dresidual_out, dx and dresidual backward.
+// RMSNorm with a float32 residual on the CPU, plain and with dropout. Bytes are what the tensors
+// need: x, residual, y and residual_out forward; dy, h, dresidual_out, dx and dresidual backward.
 #include <benchmark/benchmark.h>
 
 #include <cstdint>
@@ -45,6 +45,12 @@ struct Problem {
     backward.workspace = TensorView(workspace.data(), DType::f32, {cpu::blocks(rows), 2, features});
   }
 
+  void drop(double p) {
+    forward.dropout = {p, TensorView(&seed, DType::i64, {1})};
+    backward.dropout = forward.dropout;
+  }
+
+  std::int64_t seed = 1;
   std::vector<T> x, y;
   std::vector<float> residual, h, weight, dweight, rstd, workspace;
   ForwardParams forward;
@@ -52,7 +58,7 @@ struct Problem {
 };
 
 // Arguments: instruction set, rows, features.
-template <class T, bool BACKWARD>
+template <class T, bool BACKWARD, bool DROPOUT = false>
 void rms_norm(benchmark::State& state) {
   const Isa isa = static_cast<Isa>(state.range(0));
   if (isa > mamba_native::cpu::highest_isa()) {
@@ -60,6 +66,9 @@ void rms_norm(benchmark::State& state) {
     return;
   }
   Problem<T> problem(state.range(1), state.range(2));
+  if (DROPOUT) {
+    problem.drop(0.1);
+  }
   set_num_threads(1);
   for (auto _ : state) {
     if (BACKWARD) {
@@ -85,6 +94,8 @@ void shapes(benchmark::internal::Benchmark* bench) {
 
 BENCHMARK(rms_norm<float, false>)->Name("rms_norm_forward_f32")->Apply(shapes);
 BENCHMARK(rms_norm<float, true>)->Name("rms_norm_backward_f32")->Apply(shapes);
+BENCHMARK(rms_norm<float, false, true>)->Name("rms_norm_dropout_forward_f32")->Apply(shapes);
+BENCHMARK(rms_norm<float, true, true>)->Name("rms_norm_dropout_backward_f32")->Apply(shapes);
 #if MAMBA_WITH_BF16
 BENCHMARK(rms_norm<BFloat16, false>)->Name("rms_norm_forward_bf16")->Apply(shapes);
 BENCHMARK(rms_norm<BFloat16, true>)->Name("rms_norm_backward_bf16")->Apply(shapes);

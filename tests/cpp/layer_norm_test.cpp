@@ -16,6 +16,7 @@
 #include "core/error.h"
 #include "core/parallel_for.h"
 #include "layer_norm/cpu.h"
+#include "layer_norm/dropout.h"
 #include "layer_norm/plan.h"
 #include "layer_norm/reference.h"
 #include "support/compare.h"
@@ -45,8 +46,15 @@ struct Case {
   bool misaligned = false;      // from an odd element on
   bool expanded_dy = false;     // as y.sum().backward() makes it
   bool expanded_x = false;      // one row for all
-  double offset = 0.0;          // of x: a mean far from zero
+  bool x1 = false;              // a second branch, in float32
+  bool weight1 = false;         // a second output, with a bias where the first has one
+  bool rowscale = false;
+  double dropout = 0.0;
+  double offset = 0.0;  // of x: a mean far from zero
+  double spread = 2.0;  // of x around offset
   double eps = 1e-5;
+
+  bool branches() const { return x1 || weight1 || rowscale || dropout > 0.0; }
 };
 
 Case with(const std::string& name, const std::function<void(Case&)>& change) {
@@ -95,6 +103,70 @@ std::vector<Case> star() {
              c.strided = true;
            }),
   };
+  const auto everything = [](Case& c) {
+    c.rms = false;
+    c.bias = c.x1 = c.weight1 = c.rowscale = true;
+    c.dropout = 0.25;
+  };
+  const std::vector<Case> branches = {
+      with("x1", [](Case& c) { c.x1 = true; }),
+      with("x1_without_residual",
+           [](Case& c) {
+             c.x1 = true;
+             c.residual = false;
+           }),
+      with("weight1", [](Case& c) { c.weight1 = true; }),
+      with("weight1_of_x_alone",
+           [](Case& c) {
+             c.weight1 = true;
+             c.residual = c.stores_residual = false;
+           }),
+      with("weight1_and_bias1", [](Case& c) { c.weight1 = c.bias = true; }),
+      with("rowscale", [](Case& c) { c.rowscale = true; }),
+      with("dropout", [](Case& c) { c.dropout = 0.1; }),
+      with("dropout_of_everything", [](Case& c) { c.dropout = 1.0; }),
+      with("everything", everything),
+      with("everything_strided",
+           [&](Case& c) {
+             everything(c);
+             c.strided = true;
+           }),
+      with("everything_misaligned",
+           [&](Case& c) {
+             everything(c);
+             c.misaligned = true;
+           }),
+      with("everything_expanded_dy",
+           [&](Case& c) {
+             everything(c);
+             c.expanded_dy = true;
+           }),
+      with("everything_alike",
+           [&](Case& c) {
+             everything(c);
+             c.residual_f32 = false;
+             c.weight_alike = true;
+           }),
+      // rstd above 300: what stands beside a row in a vector must not grow with it from row to row.
+      with("small_values",
+           [](Case& c) {
+             c.rms = false;
+             c.rows = 2100;
+             c.features = 31;
+             c.residual = c.stores_residual = false;
+             c.spread = 0.002;
+             c.offset = 0.002;
+           }),
+  };
+  rows.insert(rows.end(), branches.begin(), branches.end());
+  for (const std::int64_t features : {1, 31, 100, 128, 768, 1000, 4096, 5120, 8192, 8196}) {
+    rows.push_back(with("everything_features_" + std::to_string(features), [&](Case& c) {
+      everything(c);
+      c.features = features;
+      c.rows = features > 1000 ? 5 : features < 4 ? 300 : 19;
+      c.eps = features < 4 ? 0.5 : 1e-5;
+    }));
+  }
   for (const std::int64_t features :
        {1, 2, 3, 8, 31, 64, 100, 128, 132, 512, 768, 1000, 2560, 3001, 5120, 8192, 16384, 20000}) {
     for (const bool rms : {true, false}) {
@@ -127,6 +199,7 @@ struct Problem {
   Case c;
   DType dtype = DType::f32;  // of x
   Tensor x, weight, bias, residual, dy, dresidual_out;
+  Tensor x1, weight1, bias1, rowscale, dy1, seed;
 
   DType residual_dtype() const {
     return dtype == DType::f64 ? DType::f64 : c.residual_f32 ? DType::f32 : dtype;
@@ -138,8 +211,13 @@ struct Problem {
     const auto copy = [&](const Tensor& tensor) {
       return tensor.to(exact ? DType::f64 : tensor.dtype(), device);
     };
-    return {c,        exact ? DType::f64 : dtype, copy(x), copy(weight), copy(bias), copy(residual),
-            copy(dy), copy(dresidual_out)};
+    return {c,           exact ? DType::f64 : dtype,
+            copy(x),     copy(weight),
+            copy(bias),  copy(residual),
+            copy(dy),    copy(dresidual_out),
+            copy(x1),    copy(weight1),
+            copy(bias1), copy(rowscale),
+            copy(dy1),   seed.to(seed.dtype(), device)};
   }
 };
 
@@ -152,7 +230,7 @@ Problem make(const Case& c, DType dtype, unsigned seed = 1) {
   Problem p;
   p.c = c;
   p.dtype = dtype;
-  p.x = uniform(dtype, matrix(c, c.expanded_x), c.offset - 2, c.offset + 2);
+  p.x = uniform(dtype, matrix(c, c.expanded_x), c.offset - c.spread, c.offset + c.spread);
   p.weight = uniform(parameter, {{c.features}, {c.strided ? 2 : 1}}, -1, 1);
   p.dy = uniform(dtype, matrix(c, c.expanded_dy), -1, 1);
   if (c.bias) {
@@ -164,15 +242,31 @@ Problem make(const Case& c, DType dtype, unsigned seed = 1) {
   if (c.stores_residual) {
     p.dresidual_out = uniform(p.residual_dtype(), matrix(c), -1, 1);
   }
+  if (c.x1) {
+    p.x1 = uniform(DType::f32, matrix(c), -2, 2);
+  }
+  if (c.weight1) {
+    p.weight1 = uniform(parameter, {{c.features}}, -1, 1);
+    p.dy1 = uniform(dtype, matrix(c, c.expanded_dy), -1, 1);
+    if (c.bias) {
+      p.bias1 = uniform(parameter, {{c.features}}, -1, 1);
+    }
+  }
+  if (c.rowscale) {
+    p.rowscale = uniform(DType::f32, {{c.rows}, {c.strided ? 2 : 1}}, -2, 2);
+  }
+  if (c.dropout > 0.0) {
+    p.seed = Tensor::from_values(DType::i64, test::kCpu, {{1}}, {-1234567890123.0});
+  }
   return p;
 }
 
 struct Forward {
-  Tensor y, residual_out, mean, rstd;
+  Tensor y, residual_out, mean, rstd, y1;
 };
 
 struct Backward {
-  Tensor dx, dresidual, dweight, dbias;
+  Tensor dx, dresidual, dweight, dbias, dx1, dweight1, dbias1;
 };
 
 using RunForward = std::function<void(const ForwardParams&)>;
@@ -190,6 +284,12 @@ ForwardParams params_of(const Problem& p, const Forward& result) {
   params.residual_out = result.residual_out.view();
   params.mean = result.mean.view();
   params.rstd = result.rstd.view();
+  params.x1 = p.x1.view();
+  params.weight1 = p.weight1.view();
+  params.bias1 = p.bias1.view();
+  params.rowscale = p.rowscale.view();
+  params.dropout = {p.c.dropout, p.seed.view()};
+  params.y1 = result.y1.view();
   return params;
 }
 
@@ -197,8 +297,8 @@ Forward outputs_of(const Problem& p, Device device) {
   const DType sum = p.sum_dtype();
   return {Tensor(p.dtype, device, matrix(p.c)),
           p.c.stores_residual ? Tensor(p.residual_dtype(), device, matrix(p.c)) : Tensor(),
-          p.c.rms ? Tensor() : Tensor(sum, device, {{p.c.rows}}),
-          Tensor(sum, device, {{p.c.rows}})};
+          p.c.rms ? Tensor() : Tensor(sum, device, {{p.c.rows}}), Tensor(sum, device, {{p.c.rows}}),
+          p.c.weight1 ? Tensor(p.dtype, device, matrix(p.c)) : Tensor()};
 }
 
 Forward run_forward(const Problem& p, Device device, const RunForward& run) {
@@ -219,10 +319,19 @@ Gradient gradient_of(const Problem& p, const Forward& saved, Device device) {
   const Tensor& h = saved.residual_out.present() ? saved.residual_out : p.x;
   Gradient g;
   g.result.dx = Tensor(p.dtype, device, matrix(p.c));
-  g.result.dresidual = h.dtype() != p.dtype ? Tensor(h.dtype(), device, matrix(p.c)) : Tensor();
+  g.result.dresidual =
+      h.dtype() != p.dtype || p.c.branches() ? Tensor(h.dtype(), device, matrix(p.c)) : Tensor();
   g.result.dweight = Tensor(sum, device, {{p.c.features}});
   g.result.dbias = p.c.bias ? Tensor(sum, device, {{p.c.features}}) : Tensor();
-  g.workspace = Tensor(DType::f32, device, {{workspace_rows(p.c.rows, device), 2, p.c.features}});
+  if (p.c.x1) {
+    g.result.dx1 = Tensor(p.x1.dtype(), device, matrix(p.c));
+  }
+  if (p.c.weight1) {
+    g.result.dweight1 = Tensor(sum, device, {{p.c.features}});
+    g.result.dbias1 = p.c.bias ? Tensor(sum, device, {{p.c.features}}) : Tensor();
+  }
+  g.workspace = Tensor(DType::f32, device,
+                       {{workspace_rows(p.c.rows, device), p.c.weight1 ? 4 : 2, p.c.features}});
   g.params.dy = p.dy.view();
   g.params.dresidual_out = saved.residual_out.present() ? p.dresidual_out.view() : TensorView();
   g.params.h = h.view();
@@ -234,6 +343,13 @@ Gradient gradient_of(const Problem& p, const Forward& saved, Device device) {
   g.params.dresidual = g.result.dresidual.view();
   g.params.dweight = g.result.dweight.view();
   g.params.dbias = g.result.dbias.view();
+  g.params.dy1 = p.dy1.view();
+  g.params.weight1 = p.weight1.view();
+  g.params.rowscale = p.rowscale.view();
+  g.params.dropout = {p.c.dropout, p.seed.view()};
+  g.params.dx1 = g.result.dx1.view();
+  g.params.dweight1 = g.result.dweight1.view();
+  g.params.dbias1 = g.result.dbias1.view();
   g.params.workspace = g.workspace.view();
   return g;
 }
@@ -248,7 +364,8 @@ Backward run_backward(const Problem& p, const Forward& saved, Device device,
 // What forward left, in float64: the truth of backward is the gradient at what it is given.
 Forward exact(const Forward& saved) {
   const auto copy = [](const Tensor& tensor) { return tensor.to(DType::f64, test::kCpu); };
-  return {copy(saved.y), copy(saved.residual_out), copy(saved.mean), copy(saved.rstd)};
+  return {copy(saved.y), copy(saved.residual_out), copy(saved.mean), copy(saved.rstd),
+          copy(saved.y1)};
 }
 
 struct Output {
@@ -282,6 +399,7 @@ bool forward_close(const Problem& p, const Forward& got, bool expect) {
   const Forward yard = run_forward(p, test::kCpu, &reference::forward<float>);
   bool all = close("layer_norm_forward", p.dtype,
                    {{"y", got.y, truth.y, yard.y},
+                    {"y1", got.y1, truth.y1, yard.y1},
                     {"residual_out", got.residual_out, truth.residual_out, yard.residual_out},
                     {"rstd", got.rstd, truth.rstd, yard.rstd}},
                    test::kForwardSlack, expect);
@@ -312,19 +430,24 @@ bool backward_close(const Problem& p, const Forward& saved, const Backward& got,
   const Backward truth =
       run_backward(p.to(true, test::kCpu), exact(saved), test::kCpu, &reference::backward<double>);
   const Backward yard = run_backward(p, saved, test::kCpu, &reference::backward<float>);
-  // In float64 one gradient serves x and residual.
-  return close("layer_norm_backward", p.dtype,
-               {{"dx", got.dx, truth.dx, yard.dx},
-                {"dresidual", got.dresidual, truth.dx, yard.dresidual},
-                {"dweight", got.dweight, truth.dweight, yard.dweight},
-                {"dbias", got.dbias, truth.dbias, yard.dbias}},
-               test::kGradientSlack, expect);
+  // In float64 one gradient serves x and residual, but for branches.
+  return close(
+      "layer_norm_backward", p.dtype,
+      {{"dx", got.dx, truth.dx, yard.dx},
+       {"dx1", got.dx1, truth.dx1, yard.dx1},
+       {"dresidual", got.dresidual, p.c.branches() ? truth.dresidual : truth.dx, yard.dresidual},
+       {"dweight", got.dweight, truth.dweight, yard.dweight},
+       {"dbias", got.dbias, truth.dbias, yard.dbias},
+       {"dweight1", got.dweight1, truth.dweight1, yard.dweight1},
+       {"dbias1", got.dbias1, truth.dbias1, yard.dbias1}},
+      test::kGradientSlack, expect);
 }
 
 Forward saved_on(const Problem& p, Device device) {
   const Forward saved = run_forward(p, test::kCpu, &reference::forward<float>);
   const auto copy = [&](const Tensor& tensor) { return tensor.to(tensor.dtype(), device); };
-  return {copy(saved.y), copy(saved.residual_out), copy(saved.mean), copy(saved.rstd)};
+  return {copy(saved.y), copy(saved.residual_out), copy(saved.mean), copy(saved.rstd),
+          copy(saved.y1)};
 }
 
 // ---- every implementation on every row ----
@@ -491,6 +614,115 @@ TEST_P(LayerNormTarget, NoticesADroppedTerm) {
     EXPECT_FALSE(backward_close(p, saved_on(p, test::kCpu), got, false))
         << "backward mutation " << i;
   }
+}
+
+// The same for what only branches have.
+TEST_P(LayerNormTarget, NoticesADroppedBranch) {
+  const Target& target = GetParam();
+  const Problem p = make(with("mutation",
+                              [](Case& c) {
+                                c.bias = c.x1 = c.weight1 = c.rowscale = true;
+                                c.dropout = 0.25;
+                              }),
+                         DType::f32);
+  const Problem there = p.to(false, target.device);
+  const Tensor seed = Tensor::from_values(DType::i64, target.device, {{1}}, {5});
+  const std::function<void(ForwardParams&)> forward_mutations[] = {
+      [](ForwardParams& f) { f.x1 = TensorView(); },
+      [](ForwardParams& f) { f.x1 = f.x; },
+      [](ForwardParams& f) { f.weight1 = f.weight; },
+      [](ForwardParams& f) { f.bias1 = TensorView(); },
+      [](ForwardParams& f) { f.rowscale = TensorView(); },
+      [](ForwardParams& f) { f.dropout = DropoutParams(); },
+      [&](ForwardParams& f) { f.dropout.seed = seed.view(); },
+      [](ForwardParams& f) { f.dropout.p = 0.26; },
+  };
+  for (std::size_t i = 0; i < std::size(forward_mutations); ++i) {
+    const Forward got = run_forward(there, target.device, [&](const ForwardParams& params) {
+      ForwardParams changed = params;
+      forward_mutations[i](changed);
+      forward_on(target)(changed);
+    });
+    EXPECT_FALSE(forward_close(p, got, false)) << "forward mutation " << i;
+  }
+  const std::function<void(BackwardParams&)> backward_mutations[] = {
+      [](BackwardParams& b) { b.dy1 = b.dy; },
+      [](BackwardParams& b) { b.weight1 = b.weight; },
+      [](BackwardParams& b) { b.rowscale = TensorView(); },
+      [](BackwardParams& b) { b.dropout = DropoutParams(); },
+      [&](BackwardParams& b) { b.dropout.seed = seed.view(); },
+  };
+  for (std::size_t i = 0; i < std::size(backward_mutations); ++i) {
+    const Backward got = run_backward(there, saved_on(p, target.device), target.device,
+                                      [&](const BackwardParams& params) {
+                                        BackwardParams changed = params;
+                                        backward_mutations[i](changed);
+                                        backward_on(target)(changed);
+                                      });
+    EXPECT_FALSE(backward_close(p, saved_on(p, test::kCpu), got, false))
+        << "backward mutation " << i;
+  }
+}
+
+// Masks as forward writes them: every device gives the reference's, and the sums agree with them.
+TEST_P(LayerNormTarget, MasksAreTheReferences) {
+  const Target& target = GetParam();
+  for (const std::int64_t features : {256, 31}) {
+    const Problem p = make(with("masks",
+                                [&](Case& c) {
+                                  c.features = features;
+                                  c.x1 = true;
+                                  c.dropout = 0.3;
+                                }),
+                           DType::f32);
+    const std::size_t count = static_cast<std::size_t>(p.c.rows * features);
+    using Masks = std::vector<std::uint8_t>;
+    const auto masks_of = [&](Device device, const RunForward& run) {
+      Masks masks(2 * count, 2);
+      const bool cuda = device.is_cuda();
+      std::uint8_t* const memory =
+          cuda ? static_cast<std::uint8_t*>(test::device_allocate(masks.size())) : masks.data();
+      run_forward(p.to(false, device), device, [&](const ForwardParams& params) {
+        ForwardParams asked = params;
+        asked.mask = memory;
+        asked.mask1 = memory + count;
+        run(asked);
+      });
+      if (cuda) {
+        test::copy_from_device(masks.data(), memory, masks.size());
+        test::device_release(memory);
+      }
+      return masks;
+    };
+    const Masks expected = masks_of(test::kCpu, &reference::forward<double>);
+    EXPECT_EQ(masks_of(target.device, forward_on(target)), expected);
+    for (const std::size_t first : {std::size_t{0}, count}) {
+      std::size_t stays = 0;
+      for (std::size_t i = 0; i < count; ++i) {
+        ASSERT_LE(expected[first + i], 1);
+        stays += expected[first + i];
+      }
+      const double deviation = std::sqrt(static_cast<double>(count) * 0.3 * 0.7);
+      EXPECT_NEAR(static_cast<double>(stays), static_cast<double>(count) * 0.7, 4 * deviation);
+    }
+    EXPECT_NE(Masks(expected.begin(), expected.begin() + static_cast<std::ptrdiff_t>(count)),
+              Masks(expected.begin() + static_cast<std::ptrdiff_t>(count), expected.end()));
+  }
+}
+
+// Dropped infinities and NaNs leave no trace, as if they had never been there.
+TEST_P(LayerNormTarget, WhatIsDroppedDoesNotMatter) {
+  const Target& target = GetParam();
+  const Problem p = make(with("dropped", [](Case& c) { c.dropout = 1.0; }), DType::f32);
+  Problem spoilt = p;
+  spoilt.x = Tensor::from_values(
+      DType::f32, test::kCpu, {{p.c.rows, p.c.features}},
+      std::vector<double>(static_cast<std::size_t>(p.c.rows * p.c.features), HUGE_VAL));
+  const Forward expected =
+      run_forward(p.to(false, target.device), target.device, forward_on(target));
+  const Forward got =
+      run_forward(spoilt.to(false, target.device), target.device, forward_on(target));
+  EXPECT_EQ(got.y.bytes(), expected.y.bytes());
 }
 
 TEST_P(LayerNormTarget, EmptyRowsGiveZeroGradients) {
@@ -660,13 +892,15 @@ TEST(LayerNormOracle, BackwardByHand) {
 
 // d/dt of sum(dy y) + sum(dresidual_out residual_out) along one element at a time.
 TEST(LayerNormOracle, BackwardMatchesFiniteDifferences) {
-  for (const bool rms : {false, true}) {
+  for (const int variant : {0, 1, 2}) {
     Problem p = make(with("differences",
                           [&](Case& c) {
                             c.rows = 3;
                             c.features = 7;
-                            c.rms = rms;
+                            c.rms = variant == 1;
                             c.bias = true;
+                            c.x1 = c.weight1 = c.rowscale = variant == 2;
+                            c.dropout = variant == 2 ? 0.3 : 0.0;
                           }),
                      DType::f32)
                     .to(true, test::kCpu);
@@ -678,6 +912,10 @@ TEST(LayerNormOracle, BackwardMatchesFiniteDifferences) {
       for (std::size_t i = 0; i < y.size(); ++i) {
         sum += y[i] * dy[i] + h[i] * dh[i];
       }
+      const std::vector<double> y1 = result.y1.values(), dy1 = p.dy1.values();
+      for (std::size_t i = 0; i < y1.size(); ++i) {
+        sum += y1[i] * dy1[i];
+      }
       return sum;
     };
     const Backward got =
@@ -685,7 +923,10 @@ TEST(LayerNormOracle, BackwardMatchesFiniteDifferences) {
     const struct {
       const Tensor& input;
       const Tensor& gradient;
-    } pairs[] = {{p.x, got.dx}, {p.residual, got.dx}, {p.weight, got.dweight}, {p.bias, got.dbias}};
+    } pairs[] = {{p.x, got.dx},           {p.residual, variant == 2 ? got.dresidual : got.dx},
+                 {p.weight, got.dweight}, {p.bias, got.dbias},
+                 {p.x1, got.dx1},         {p.weight1, got.dweight1},
+                 {p.bias1, got.dbias1}};
     for (const auto& pair : pairs) {
       const std::vector<double> analytic = pair.gradient.values();
       for (std::size_t i = 0; i < analytic.size(); ++i) {
@@ -703,6 +944,38 @@ TEST(LayerNormOracle, BackwardMatchesFiniteDifferences) {
   }
 }
 
+// The known answers that the authors of Philox publish (Random123 1.14, kat_vectors).
+TEST(LayerNormDropout, PhiloxGivesTheKnownAnswers) {
+  const struct {
+    Philox counter;
+    std::uint64_t key;
+    Philox answer;
+  } rows[] = {
+      {{{0, 0, 0, 0}}, 0, {{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}}},
+      {{{0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu}},
+       0xffffffffffffffffu,
+       {{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}}},
+      {{{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}},
+       0x299f31d0a4093822u,
+       {{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}}},
+  };
+  for (const auto& row : rows) {
+    const Philox got = philox(row.counter, row.key);
+    for (int i = 0; i < 4; ++i) {
+      EXPECT_EQ(got.words[i], row.answer.words[i]);
+    }
+  }
+}
+
+TEST(LayerNormDropout, ProbabilitiesOfNothingAndEverything) {
+  EXPECT_EQ(dropout_of(0.0).threshold, 0u);
+  EXPECT_EQ(dropout_of(0.0).scale, 1.0f);
+  EXPECT_GT(dropout_of(1e-12).threshold, 0u);
+  EXPECT_EQ(dropout_of(0.5).threshold, 1u << 23);
+  EXPECT_EQ(dropout_of(1.0).threshold, 1u << 24);  // above every random number
+  EXPECT_EQ(dropout_of(1.0).scale, 0.0f);
+}
+
 // ---- errors ----
 
 std::string error_of(const std::function<void()>& call) {
@@ -718,7 +991,8 @@ TEST(LayerNormErrors, BadForwardNamesTheArgumentAndTouchesNothing) {
   const Problem p = make(with("errors",
                               [](Case& c) {
                                 c.rms = false;
-                                c.bias = true;
+                                c.bias = c.x1 = c.weight1 = c.rowscale = true;
+                                c.dropout = 0.5;
                               }),
                          DType::f32);
   const struct {
@@ -742,6 +1016,30 @@ TEST(LayerNormErrors, BadForwardNamesTheArgumentAndTouchesNothing) {
       {"mean must be contiguous", [](ForwardParams& f) { f.mean.stride[0] = 2; }},
       {"rstd must have shape", [](ForwardParams& f) { f.rstd = TensorView(); }},
       {"rstd must be float32", [](ForwardParams& f) { f.rstd.dtype = DType::bf16; }},
+      {"x1 must have shape", [](ForwardParams& f) { f.x1.size[0] += 1; }},
+      {"weight1 must have shape", [](ForwardParams& f) { f.weight1.size[0] -= 1; }},
+      {"bias1 must be float32", [](ForwardParams& f) { f.bias1.dtype = DType::f16; }},
+      {"bias1 needs weight1", [](ForwardParams& f) { f.weight1 = f.y1 = TensorView(); }},
+      {"y1 is an output with weight1", [](ForwardParams& f) { f.y1 = TensorView(); }},
+      {"y1 is written", [](ForwardParams& f) { f.y1.stride[1] = 0; }},
+      {"rowscale must have shape", [](ForwardParams& f) { f.rowscale.dim = 2; }},
+      {"dropout_p must be from 0 to 1", [](ForwardParams& f) { f.dropout.p = 1.5; }},
+      {"dropout_p must be from 0 to 1", [](ForwardParams& f) { f.dropout.p = -0.1; }},
+      {"dropout_p must be from 0 to 1", [](ForwardParams& f) { f.dropout.p = std::nan(""); }},
+      {"seed must be given", [](ForwardParams& f) { f.dropout.p = 0.0; }},
+      {"seed must be given", [](ForwardParams& f) { f.dropout.seed = TensorView(); }},
+      {"seed must be int64", [](ForwardParams& f) { f.dropout.seed.dtype = DType::i32; }},
+      {"seed must have shape", [](ForwardParams& f) { f.dropout.seed.size[0] = 2; }},
+      {"mask1 is an output with x1",
+       [](ForwardParams& f) {
+         f.x1 = TensorView();
+         f.mask1 = f.y.as<std::uint8_t>();
+       }},
+      {"mask and mask1 are outputs of dropout",
+       [](ForwardParams& f) {
+         f.dropout = DropoutParams();
+         f.mask = f.y.as<std::uint8_t>();
+       }},
   };
   for (const auto& row : rows) {
     const Forward out = outputs_of(p, test::kCpu);
@@ -760,7 +1058,8 @@ TEST(LayerNormErrors, BadBackwardNamesTheArgumentAndTouchesNothing) {
   const Problem p = make(with("errors",
                               [](Case& c) {
                                 c.rms = false;
-                                c.bias = true;
+                                c.bias = c.x1 = c.weight1 = c.rowscale = true;
+                                c.dropout = 0.5;
                               }),
                          DType::bf16);
   const Forward saved = saved_on(p, test::kCpu);
@@ -780,7 +1079,18 @@ TEST(LayerNormErrors, BadBackwardNamesTheArgumentAndTouchesNothing) {
       {"dresidual must be float32", [](BackwardParams& b) { b.dresidual.dtype = DType::bf16; }},
       {"dweight must be float32", [](BackwardParams& b) { b.dweight.dtype = DType::bf16; }},
       {"dbias must have shape", [](BackwardParams& b) { b.dbias.size[0] -= 1; }},
+      {"dy1 is an input with weight1", [](BackwardParams& b) { b.dy1 = TensorView(); }},
+      {"dy1 must be bfloat16", [](BackwardParams& b) { b.dy1.dtype = DType::f32; }},
+      {"dy1 must have shape", [](BackwardParams& b) { b.dy1.size[1] -= 1; }},
+      {"weight1 must have shape", [](BackwardParams& b) { b.weight1.size[0] -= 1; }},
+      {"dweight1 is an output", [](BackwardParams& b) { b.dweight1 = TensorView(); }},
+      {"dbias1 must have shape", [](BackwardParams& b) { b.dbias1.size[0] -= 1; }},
+      {"dx1 must have shape", [](BackwardParams& b) { b.dx1.size[0] -= 1; }},
+      {"rowscale must have shape", [](BackwardParams& b) { b.rowscale.size[0] -= 1; }},
+      {"dropout_p must be", [](BackwardParams& b) { b.dropout.p = 2.0; }},
+      {"seed must be given", [](BackwardParams& b) { b.dropout.seed = TensorView(); }},
       {"workspace must have shape", [](BackwardParams& b) { b.workspace.size[0] += 1; }},
+      {"workspace must have shape", [](BackwardParams& b) { b.workspace.size[1] = 2; }},
       {"workspace must be float32", [](BackwardParams& b) { b.workspace.dtype = DType::f64; }},
       {"workspace must be contiguous", [](BackwardParams& b) { b.workspace.stride[2] = 2; }},
   };
@@ -826,6 +1136,43 @@ TEST(LayerNormPlan, ForwardHoldsTheRowOrWalks) {
   EXPECT_EQ(model.threads * cuda::kForwardConfigs[model.config].vectors * cuda::kVector, 2560);
   ForwardParams misaligned = planned(DType::bf16, 16384, 2560);
   misaligned.residual.data = static_cast<char*>(misaligned.residual.data) + 4;
+  EXPECT_EQ(cuda::kForwardConfigs[cuda::choose_forward(misaligned).config].vectors, 0);
+}
+
+// Calls with branches have kernels of their own, and the others none of theirs.
+TEST(LayerNormPlan, BranchesTakeTheirRows) {
+  mamba_native::cuda::DeviceInfo device;
+  device.multiprocessors = 132;
+  for (const std::int64_t features : {4, 128, 2560, 4096, 8192, 8196, 31, 20000}) {
+    for (const bool branches : {false, true}) {
+      ForwardParams f = planned(DType::bf16, 1000, features);
+      BackwardParams b;
+      b.dy = b.dx = f.x;
+      b.h = b.dresidual = b.dresidual_out = f.residual;
+      b.weight = f.weight;
+      b.workspace =
+          TensorView(nullptr, DType::f32, {cuda::workspace_rows(1000, device), 2, features});
+      if (branches) {
+        f.x1 = f.x;
+        b.dx1 = f.x;
+      }
+      const cuda::ForwardPlan forward = cuda::choose_forward(f);
+      const cuda::BackwardPlan backward = cuda::choose_backward(b);
+      EXPECT_EQ(cuda::kForwardConfigs[forward.config].branches, branches) << features;
+      EXPECT_EQ(cuda::kBackwardConfigs[backward.config].branches, branches) << features;
+      EXPECT_LE(forward.threads * forward.rows, cuda::kForwardConfigs[forward.config].threads);
+      EXPECT_LE(backward.threads * backward.rows, cuda::kBackwardConfigs[backward.config].threads);
+      if (branches) {
+        EXPECT_EQ(cuda::kForwardConfigs[forward.config].vectors,
+                  features % cuda::kVector == 0 && features <= 8192 ? 4 : 0);
+        EXPECT_EQ(cuda::kBackwardConfigs[backward.config].vectors,
+                  features % cuda::kVector == 0 && features <= 4096 ? 2 : 0);
+      }
+    }
+  }
+  ForwardParams misaligned = planned(DType::bf16, 1000, 2560);
+  misaligned.x1 = misaligned.residual;
+  misaligned.x1.data = static_cast<char*>(misaligned.x1.data) + 4;
   EXPECT_EQ(cuda::kForwardConfigs[cuda::choose_forward(misaligned).config].vectors, 0);
 }
 

@@ -354,6 +354,59 @@ class StateUpdateTarget : public testing::TestWithParam<Target> {
 
 std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
 
+// Each input in turn in another dtype than the rest.
+TEST_P(StateUpdateTarget, EveryTensorHasItsOwnDtype) {
+  const Target& target = GetParam();
+  Tensor Problem::* const inputs[] = {&Problem::state, &Problem::x, &Problem::dt,
+                                      &Problem::A,     &Problem::B, &Problem::C,
+                                      &Problem::D,     &Problem::z, &Problem::bias};
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (const DType other : {DType::f32, DType::f16, DType::bf16}) {
+      if (!dtype_unavailable(dtype).empty() || !dtype_unavailable(other).empty()) {
+        continue;
+      }
+      for (Tensor Problem::* input : inputs) {
+        Problem p = make(with("mixed", [](Case& c) { c.parameters_alike = true; }), dtype);
+        p.*input = (p.*input).to(other, test::kCpu);
+        const Expected expected(p);
+        const Result got = run_step(p.to(false, target.device), target.device, update_on(target));
+        EXPECT_TRUE(close("out", p.x.dtype(), got.out, expected.truth.out, expected.yardstick.out));
+        EXPECT_TRUE(close("state", p.state.dtype(), got.state, expected.truth.state,
+                          expected.yardstick.state));
+      }
+    }
+  }
+}
+
+// Each input in turn with stride 0 in each of its dimensions, as expand() makes it.
+TEST_P(StateUpdateTarget, EveryInputMayBeExpanded) {
+  const Target& target = GetParam();
+  TensorView Params::* const inputs[] = {&Params::x, &Params::dt, &Params::A, &Params::B,
+                                         &Params::C, &Params::D,  &Params::z, &Params::dt_bias};
+  const Problem p = make(with("expanded", [](Case& c) { c.groups = 2; }), DType::f32);
+  for (TensorView Params::* input : inputs) {
+    for (int mask = 1; mask < 1 << (params_of(p).*input).dim; ++mask) {
+      const auto expanded = [&](const RunStep& run) {
+        return [&, run](const Params& params) {
+          Params changed = params;
+          for (int dim = 0; dim < (changed.*input).dim; ++dim) {
+            (changed.*input).stride[dim] *= (mask >> dim) % 2 == 0 ? 1 : 0;
+          }
+          run(changed);
+        };
+      };
+      const Result got =
+          run_step(p.to(false, target.device), target.device, expanded(update_on(target)));
+      const Result truth =
+          run_step(p.to(true, test::kCpu), test::kCpu, expanded(&reference::update<double>));
+      const Result yardstick =
+          run_step(p.to(false, test::kCpu), test::kCpu, expanded(&reference::update<float>));
+      EXPECT_TRUE(close("out", DType::f32, got.out, truth.out, yardstick.out));
+      EXPECT_TRUE(close("state", DType::f32, got.state, truth.state, yardstick.state));
+    }
+  }
+}
+
 // An implementation that forgot a term must not pass: each is dropped here in turn, on its side
 // only.
 TEST_P(StateUpdateTarget, NoticesADroppedTerm) {
@@ -417,6 +470,71 @@ TEST_P(StateUpdateTarget, EmptySizes) {
                              std::function<void(Case&)>([](Case& c) { c.headdim = 0; })}) {
     const Problem p = make(with("empty", change), DType::f32).to(false, target.device);
     EXPECT_EQ(run_step(p, target.device, &update).out.values().size(), 0u);
+  }
+}
+
+// Every tensor that changes with the token, as steps of one buffer; padding among the entries.
+TEST_P(StateUpdateTarget, TokensAtOnceAreCallsOneByOne) {
+  const Target& target = GetParam();
+  constexpr std::int64_t kTokens = 3;
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    if (!dtype_unavailable(dtype).empty()) {
+      continue;
+    }
+    for (const bool tied : {false, true}) {
+      Case one = with("one", [&](Case& c) {
+        c.groups = 2;
+        c.states = 64;
+        c.tied = tied;
+        c.index = DType::i32;
+      });
+      Case many = one;
+      many.batch = kTokens * one.batch;  // token after token, cut below
+      Problem p = make(many, dtype);
+      const Problem parameters = make(one, dtype);
+      p.state = parameters.state;
+      p.indices = parameters.indices;
+      p = p.to(false, target.device);
+      const Tensor alone = p.state.to(p.state.dtype(), target.device);
+      const Tensor out(dtype, target.device, {{many.batch, one.heads, one.headdim}});
+      const Tensor out_alone(dtype, target.device, {{many.batch, one.heads, one.headdim}});
+      const auto cut = [&](TensorView view, std::int64_t token) {
+        view.data = static_cast<char*>(view.data) +
+                    token * one.batch * view.stride[0] * size_of(view.dtype);
+        view.size[0] = one.batch;
+        return view;
+      };
+      const auto sequence = [&](const TensorView& view) {
+        TensorView all = cut(view, 0);
+        all.dim = 4;
+        for (int i = 3; i > 1; --i) {
+          all.size[i] = view.size[i - 1];
+          all.stride[i] = view.stride[i - 1];
+        }
+        all.size[1] = kTokens;
+        all.stride[1] = one.batch * view.stride[0];
+        return all;
+      };
+      TensorView Params::* const changing[] = {&Params::x, &Params::dt, &Params::B,
+                                               &Params::C, &Params::z,  &Params::out};
+      Params together = params_of(p);
+      together.out = out.view();
+      for (TensorView Params::* tensor : changing) {
+        together.*tensor = sequence(together.*tensor);
+      }
+      update(together);
+      for (std::int64_t token = 0; token < kTokens; ++token) {
+        Params single = params_of(p);
+        single.state = alone.view();
+        single.out = out_alone.view();
+        for (TensorView Params::* tensor : changing) {
+          single.*tensor = cut(single.*tensor, token);
+        }
+        update(single);
+      }
+      EXPECT_EQ(out.bytes(), out_alone.bytes());
+      EXPECT_EQ(p.state.bytes(), alone.bytes());
+    }
   }
 }
 
@@ -662,11 +780,13 @@ TEST(StateUpdateErrors, BadInputNamesTheArgumentAndTouchesNothing) {
       {"state is written", [](Params& p) { p.state.stride[3] = 0; }},
       {"x must have shape", [](Params& p) { p.x.dim = 2; }},
       {"dt must have shape", [](Params& p) { p.dt.size[0] -= 1; }},
+      {"dt must have shape", [](Params& p) { p.dt.dim = 4; }},
       {"dt must have shape", [](Params& p) { p.dt = TensorView(); }},
       {"dt must be on cpu", [](Params& p) { p.dt.device = test::kCuda; }},
       {"A must have shape", [](Params& p) { p.A.size[0] += 1; }},
       {"A must be float64 exactly when x is", [](Params& p) { p.A.dtype = DType::f64; }},
       {"B must have shape", [](Params& p) { p.B.size[2] -= 1; }},
+      {"B must have shape", [](Params& p) { p.B.dim = 4; }},
       {"C must have shape", [](Params& p) { p.C.size[1] -= 1; }},
       {"multiple of the groups",
        [](Params& p) {

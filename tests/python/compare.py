@@ -48,7 +48,7 @@ def assert_close(op, dtype, name, out, truth, yardstick, slack):
     nmse = error / size if size > 0 else (0.0 if error == 0 else math.inf)
     used_nmse = nmse / _BOUNDS[op, dtype]
     worst = (out - truth).abs().max().item()
-    allowed = slack * (yardstick - truth).abs().max().item() + ulp
+    allowed = slack * max((yardstick - truth).abs().max().item(), ulp / 2) + ulp
     used_worst = worst / allowed if allowed > 0 else (0.0 if worst == 0 else math.inf)
     report = f"{op} {dtype} {name}: {used_nmse:.0%} of the NMSE bound, {used_worst:.0%} of the largest error"
     print(report)

@@ -141,6 +141,37 @@ def _norm_backward_mixed(device):
     return _norm_backward(device) | changes | rms
 
 
+def _branches(device):
+    norm = _norm(device)
+    options = {name: norm.pop(name) for name in ("eps", "is_rms_norm", "residual_in_fp32")}
+    return {
+        **norm,
+        "x1": _randn(device, 4, 7),
+        "weight1": _randn(device, 7),
+        "bias1": _randn(device, 7),
+        "rowscale": _randn(device, 4),
+        "seed": torch.tensor([11], device=device),
+        "dropout_p": 0.25,
+        **options,
+        "return_dropout_mask": True,
+    }
+
+
+def _branches_backward(device):
+    norm, forward = _norm_backward(device), _branches(device)
+    middle = ("weight1", "bias1", "rowscale", "seed", "dropout_p")
+    return {
+        "dy": norm["dy"],
+        "dy1": _randn(device, 4, 7),
+        **{name: norm[name] for name in ("dresidual_out", "h", "weight", "bias")},
+        **{name: forward[name] for name in middle},
+        **{name: norm[name] for name in ("mean", "rstd", "x_dtype")},
+        "x1_dtype": torch.bfloat16,
+        "has_residual": True,
+        "is_rms_norm": False,
+    }
+
+
 def _without(sample, *names):
     return lambda device: sample(device) | dict.fromkeys(names)
 
@@ -171,8 +202,25 @@ SAMPLES = {
     "selective_state_update": [_state_update, _without(_state_update, "D", "z", "dt_bias")],
     "layer_norm_forward": [_norm, _norm_rms],
     "layer_norm_backward": [_norm_backward, _norm_backward_mixed],
+    "layer_norm_branches_forward": [
+        _branches,
+        _without(_branches, "bias", "residual", "x1", "bias1", "rowscale"),
+        lambda device: _without(_branches, "seed")(device) | {"dropout_p": 0.0},
+    ],
+    "layer_norm_branches_backward": [
+        _branches_backward,
+        lambda device: (
+            _without(_branches_backward, "dy1", "weight1", "bias1", "x1_dtype")(device)
+            | {"has_residual": False}
+        ),
+    ],
 }
-DIFFERENTIABLE = ("selective_scan_forward", "causal_conv1d_forward", "layer_norm_forward")
+DIFFERENTIABLE = (
+    "selective_scan_forward",
+    "causal_conv1d_forward",
+    "layer_norm_forward",
+    "layer_norm_branches_forward",
+)
 ALL = [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))]
 
 
@@ -297,6 +345,22 @@ BAD = {
         "weight": [_wider],
         "mean": [_wider],
         "rstd": [_wider],
+    },
+    "layer_norm_branches_forward": {
+        "x": [_flat, _integer],
+        "x1": [_wider, _integer],
+        "weight1": [_wider, _integer],
+        "bias1": [_wider, _half],
+        "rowscale": [_wider, _integer],
+        "seed": [_wider, _half],
+        "dropout_p": [lambda p: -p, lambda p: 1.5],
+    },
+    "layer_norm_branches_backward": {
+        "dy1": [_wider, _half],
+        "weight1": [_wider, _integer],
+        "rowscale": [_wider, _integer],
+        "seed": [_wider, _half],
+        "dropout_p": [lambda p: -p, lambda p: 1.5],
     },
 }
 FAULTS = [

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from compare import DTYPES, FORWARD_SLACK, assert_close, convert
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.selective_state_update import (
     selective_state_update,
@@ -196,3 +198,304 @@ def test_compiles_to_one_graph(device):
     function = torch.compile(selective_state_update, fullgraph=True, backend="aot_eager")
     assert torch.equal(function(**(tensors | {"state": compiled_state})), expected)
     assert torch.equal(compiled_state, tensors["state"])
+
+
+# What upstream's own tests ask: rows of state and output within these rtol and atol of the reference.
+
+UPSTREAM = {"f32": (3e-4, 1e-3), "f16": (5e-3, 1e-2), "bf16": (1e-2, 5e-2)}
+
+
+def check_upstream(device, dtype, tolerance, d_state, entries=None, absent=(), **options):
+    """One step; with `entries` the rows of a pool that random indices name."""
+    tensors = problem(device, DTYPES[dtype], d_state=d_state, absent=absent, **options)
+    batch = tensors["x"].shape[0]
+    pool = tensors["state"]
+    indices = None
+    if entries is not None:
+        pool = torch.randn(entries, *pool.shape[1:], device=device).to(pool.dtype)
+        indices = torch.randperm(entries)[:batch].to(device, torch.int32)
+    expected_state = pool.clone() if indices is None else pool[indices].clone()
+    expected = selective_state_update_ref(**tensors | {"state": expected_state}, dt_softplus=True)
+    out = selective_state_update(
+        **tensors | {"state": pool}, dt_softplus=True, state_batch_indices=indices
+    )
+    state = pool if indices is None else pool[indices]
+    rtol, atol = tolerance
+    torch.testing.assert_close(state, expected_state, rtol=rtol, atol=atol)
+    torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
+
+
+def widths(device):
+    return (2048, 2064, 4096) if device == "cuda" else (2064,)
+
+
+@pytest.mark.parametrize("dtype", UPSTREAM)
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("d_state", [16, 32, 64])
+def test_selective_state_update(device, dtype, gate, d_state):
+    for dim in widths(device):
+        check_upstream(
+            device,
+            dtype,
+            UPSTREAM[dtype],
+            d_state,
+            batch=2,
+            dim=dim,
+            absent=() if gate else ("z",),
+        )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("f16", (5e-3, 3e-2)), ("bf16", (1e-2, 1e-1))])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("d_state", [16, 32, 64])
+def test_selective_state_update_with_heads(device, dtype, tolerance, tie, groups, d_state):
+    for heads in (32, 64) if device == "cuda" else (32,):
+        check_upstream(
+            device,
+            dtype,
+            tolerance,
+            d_state,
+            batch=2,
+            heads=heads,
+            dim=64,
+            groups=groups,
+            tie=tie,
+        )
+
+
+@pytest.mark.parametrize("d_state", [16, 32, 64])
+def test_selective_state_update_with_batch_indices(device, d_state):
+    for dim in widths(device):
+        check_upstream(device, "bf16", (6e-2, 6e-2), d_state, entries=160, batch=16, dim=dim)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_selective_state_update_with_heads_with_batch_indices(device, tie, groups):
+    check_upstream(
+        device,
+        "bf16",
+        (1e-1, 1e-1),
+        64,
+        entries=160,
+        batch=16,
+        heads=32,
+        dim=64,
+        groups=groups,
+        tie=tie,
+    )
+
+
+# The contract's edge cases and upstream's faults, row by row.
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_empty_batch_or_one(device, batch):
+    tensors = problem(device, batch=batch)
+    assert selective_state_update(**tensors).shape == (batch, 256)
+
+
+def test_any_divisor_of_the_heads_is_a_number_of_groups(device):
+    """A group's B and C serve its heads: expanded to a group a head, nothing changes."""
+    tensors = problem(device, heads=12, dim=8, groups=12)
+    for groups in (1, 2, 3, 4, 6, 12):
+        grouped = {k: tensors[k][:, :groups] for k in ("B", "C")}
+        expanded = {k: t.repeat_interleave(12 // groups, dim=1) for k, t in grouped.items()}
+        states = [tensors["state"].clone() for _ in range(2)]
+        outs = [
+            selective_state_update(**tensors | {"state": state} | projections)
+            for state, projections in zip(states, (grouped, expanded), strict=True)
+        ]
+        assert torch.equal(*outs) and torch.equal(*states)
+
+
+def test_negative_index_gives_zeros_and_leaves_the_state(device):
+    tensors = problem(device, batch=3)
+    before = tensors["state"].clone()
+    indices = torch.tensor([-1, -2, -(2**31)], dtype=torch.int32, device=device)
+    out = selective_state_update(**tensors, state_batch_indices=indices)
+    assert not out.any() and torch.equal(tensors["state"], before)
+
+
+def test_index_beyond_the_state(device):
+    tensors = problem(device, batch=2)
+    before = tensors["state"].clone()
+    indices = torch.tensor([2, 2**31 - 1], dtype=torch.int32, device=device)
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="state_batch_indices.*2 entries"):
+            selective_state_update(**tensors, state_batch_indices=indices)
+    else:
+        assert selective_state_update(**tensors, state_batch_indices=indices).isnan().all()
+    assert torch.equal(tensors["state"], before)
+
+
+def test_expanded_sliced_and_misaligned_inputs(device):
+    tensors = problem(device, dim=64, batch=4)
+    for name, tensor in tensors.items():
+        if name == "state":
+            continue
+        expanded = tensor[:1].expand(tensor.shape)
+        storage = torch.zeros(tensor.numel() * 3 + 1, device=device)
+        sliced = storage[1::3].view(tensor.shape).copy_(tensor)
+        misaligned = storage.new_zeros(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+        for view, plain in (
+            (expanded, expanded.contiguous()),
+            (sliced, tensor),
+            (misaligned, tensor),
+        ):
+            states = [tensors["state"].clone() for _ in range(2)]
+            outs = [
+                selective_state_update(**tensors | {"state": state, name: value})
+                for state, value in zip(states, (view, plain), strict=True)
+            ]
+            torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4, msg=name)
+            torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("absent", [("dt_bias",), ("D",), ("dt_bias", "D", "z")])
+def test_upstream_fault_10_absent_bias_or_skip(device, absent):
+    tensors = problem(device, absent=absent)
+    zeros = {"dt_bias": torch.zeros(256, device=device), "D": torch.zeros(256, device=device)}
+    given = {name: zeros[name] for name in absent if name in zeros}
+    states = [tensors["state"].clone() for _ in range(2)]
+    outs = [
+        selective_state_update(**tensors | {"state": state} | more)
+        for state, more in zip(states, ({}, given), strict=True)
+    ]
+    assert torch.equal(*outs) and torch.equal(*states)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_no_graph(device, context):
+    tensors = problem(device)
+    with context():
+        out = selective_state_update(**tensors | {"A": tensors["A"].requires_grad_()})
+    assert not out.requires_grad and not tensors["state"].requires_grad
+
+
+def test_autocast_takes_dtypes_as_given(device):
+    tensors = problem(device)
+    states = [tensors["state"].clone() for _ in range(2)]
+    plain = selective_state_update(**tensors | {"state": states[0]})
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = selective_state_update(**tensors | {"state": states[1]})
+    assert torch.equal(out, plain) and torch.equal(*states)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("heads", [None, 4])
+def test_several_tokens_are_several_calls(device, dtype, indexed, heads):
+    """Bit for bit, whatever the layout of the sequence."""
+    tokens = 5
+    tensors = problem(device, DTYPES[dtype], heads=heads, dim=32, batch=3)
+    changing = ("x", "dt", "B", "C", "z")
+    sequence = {
+        name: torch.randn(
+            3, tokens, *(tensors[name].shape[1:] if heads else (1, tensors[name].shape[1])),
+            device=device,
+        ).to(DTYPES[dtype])
+        for name in changing
+    }  # fmt: skip
+    sequence["x"] = sequence["x"].transpose(1, 2).contiguous().transpose(1, 2)
+    sequence["dt"] = sequence["dt"][:, :1].expand(sequence["dt"].shape)
+    indices = torch.tensor([2, -1, 0], device=device) if indexed else None
+    options = {"dt_softplus": True, "state_batch_indices": indices}
+    state, alone = (tensors["state"].clone() for _ in range(2))
+    out = selective_state_update(**tensors | sequence | {"state": state}, **options)
+    steps = [
+        selective_state_update(
+            **tensors | {k: sequence[k][:, t] for k in changing} | {"state": alone}, **options
+        )
+        for t in range(tokens)
+    ]
+    assert torch.equal(out, torch.stack(steps, dim=1)) and torch.equal(state, alone)
+    if not indexed:
+        again = tensors["state"].clone()
+        expected = selective_state_update_ref(
+            **tensors | sequence | {"state": again}, dt_softplus=True
+        )
+        assert out.shape == expected.shape
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    assert selective_state_update(
+        **tensors | {k: v[:, :0] for k, v in sequence.items()}
+    ).shape[1] == 0  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_a_step_replays_from_a_cuda_graph():
+    tensors = problem("cuda", torch.bfloat16, heads=4, dim=64, d_state=128, tie=True)
+    start = tensors["state"].clone()
+    expected = [selective_state_update(**tensors, dt_softplus=True).clone() for _ in range(2)]
+    tensors["state"].copy_(start)
+    selective_state_update(**tensors | {"state": start.clone()}, dt_softplus=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = selective_state_update(**tensors, dt_softplus=True)
+    for step in expected:
+        graph.replay()
+        assert torch.equal(out, step)
+
+
+# ---- generated bad calls ----
+
+OTHER_DTYPES = (torch.int64, torch.bool, torch.complex64, torch.float64)
+
+
+@st.composite
+def bad_calls(draw):
+    """A good call on the CPU with one argument spoilt."""
+    heads = draw(st.sampled_from([None, 2, 4]))
+    indexed = draw(st.booleans())
+    arguments = problem(
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        batch=draw(st.integers(2, 4)),
+        heads=heads,
+        dim=draw(st.integers(2, 5)),
+        d_state=draw(st.integers(2, 5)),
+        tie=heads is not None and draw(st.booleans()),
+    )
+    if indexed:
+        arguments["state_batch_indices"] = torch.arange(arguments["x"].shape[0])
+    name = draw(st.sampled_from([*arguments]))
+    tensor = arguments[name]
+    fault = draw(
+        st.sampled_from(["longer", "shorter", "deeper", "flat", "dtype", "meta", "absent"])
+    )
+    axis = draw(st.integers(0, tensor.dim() - 1))
+    if fault == "longer":
+        if name == "state" and axis == 0 and indexed:
+            axis = 1
+        tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis)
+    elif fault == "shorter":
+        tensor = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+    elif fault == "deeper":
+        tensor = tensor.unsqueeze(-1)
+    elif fault == "flat":
+        tensor = tensor.flatten() if tensor.dim() > 1 else tensor[0]
+    elif fault == "dtype":
+        others = OTHER_DTYPES[1:] if name == "state_batch_indices" else OTHER_DTYPES
+        tensor = tensor.to(draw(st.sampled_from(others)))
+    elif fault == "meta":
+        tensor = tensor.to("meta")
+    elif name in ("x", "dt", "A", "B", "C"):
+        tensor = None
+    else:  # what may be absent: an expanded state, an index that no entry has
+        name = draw(st.sampled_from(["state", "state_batch_indices"]))
+        state = arguments["state"]
+        beyond = torch.full((arguments["x"].shape[0],), state.shape[0] + draw(st.integers(0, 9)))
+        tensor = state[:1].expand(state.shape) if name == "state" else beyond
+    return arguments | {name: tensor}
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(bad_calls())
+def test_generated_bad_calls_change_nothing(arguments):
+    before = {k: t.clone() for k, t in arguments.items() if t is not None}
+    names = r"\b(state|x|dt|A|B|C|D|z|dt_bias|state_batch_indices|heads|tensors)\b"
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=names):
+        selective_state_update(**arguments)
+    for name, tensor in before.items():
+        if tensor.device.type != "meta":
+            assert torch.equal(arguments[name], tensor)

@@ -79,7 +79,8 @@ testing::AssertionResult is_close(const std::string& op, DType dtype, const std:
   const double error = nmse(out, truth);
   const double error_bound = nmse_bound(op, dtype);
   const double worst = max_error(out, truth);
-  const double worst_bound = slack * max_error(yardstick, truth) + ulp(out_dtype, largest);
+  const double last = ulp(out_dtype, largest);
+  const double worst_bound = slack * std::max(max_error(yardstick, truth), last / 2) + last;
   const bool close = error <= error_bound && worst <= worst_bound;
   char line[256];
   std::snprintf(line, sizeof line,

@@ -6,9 +6,9 @@
 //   yardstick  the formula in float32 on the same inputs, the output rounded once to the dtype:
 //              reference::f<float> on tensors of the dtype
 //   1. NMSE = sum (out - truth)^2 / sum truth^2 stays under the bound of bounds.inc
-//   2. max |out - truth| <= slack max |yardstick - truth| + one ulp of the output's dtype at max
-//   |truth|,
-//      slack 2 forward and 3 for gradients
+//   2. max |out - truth| <= slack max(max |yardstick - truth|, ulp / 2) + ulp, the ulp of the
+//      output's dtype at max |truth|, slack 2 forward and 3 for gradients. Half an ulp is what
+//      rounding once errs by: a yardstick below that is exact by chance.
 #pragma once
 
 #include <gtest/gtest.h>

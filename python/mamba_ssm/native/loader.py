@@ -22,6 +22,8 @@ OPERATIONS = (
     "selective_state_update",
     "layer_norm_forward",
     "layer_norm_backward",
+    "layer_norm_branches_forward",
+    "layer_norm_branches_backward",
     "native_info",
 )
 
@@ -154,6 +156,8 @@ def operation(name, fake, setup_context=None, backward=None):
     """
     import torch
 
+    from mamba_ssm.native import vmap
+
     _, reason = _outcome()
     if reason is not None:
 
@@ -172,4 +176,7 @@ def operation(name, fake, setup_context=None, backward=None):
     torch.library.register_fake(qualified, checked_fake)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if name != "native_info":  # takes no tensor
+        vmap.register(overload, setup_context, backward)
+    return overload

@@ -6,5 +6,7 @@
 from mamba_ssm._lazy import attach
 
 __getattr__, __dir__ = attach(
-    __name__, functions={}, submodules=("layer_norm", "layernorm", "selective_state_update")
+    __name__,
+    functions={},
+    submodules=("k_activations", "layer_norm", "layernorm", "selective_state_update", "softplus"),
 )

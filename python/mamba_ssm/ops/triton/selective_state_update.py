@@ -1,4 +1,4 @@
-"""One decode step of the selective state space, and the same formula in plain PyTorch."""
+"""Decode steps of the selective state space, and the same formula in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ def _per_head(state, x, dt, A, B, C, D, z, dt_bias):
     """Gives tensors without a head axis one of size 1: a state (B, D, N) becomes (B, 1, D, N)."""
 
     def lift(tensor, dim, axis):
-        return tensor if tensor is None or tensor.dim() == dim else tensor.unsqueeze(axis)
+        missing = tensor is not None and tensor.dim() == dim - 1
+        return tensor.unsqueeze(axis) if missing else tensor
 
     return (
         lift(state, 4, -3),
@@ -43,21 +44,31 @@ def selective_state_update(
     state: (B or entries, D, N) or (..., H, D, N); x, dt, z: (B, D) or (B, H, D); A: (D, N) or (H, D, N);
     B, C: (B, N) or (B, G, N), H % G == 0; D, dt_bias: (D) or (H, D). Any float dtypes, any strides; expansions
     of A, dt, dt_bias and D over a head (stride 0) take a faster path.
-    state_batch_indices: (B) int, the row of state for each b; a negative one gives 0 and touches no state.
-    Returns out, shaped and typed as x, from the state in float32 before it is rounded to its dtype.
+    T tokens at once: x, dt, z (B, T, H, D) and B, C (B, T, G, N), with the bits of T calls.
+    state_batch_indices: (B) int32 or int64, the row of state for each b; a negative one gives 0 and touches no
+    state, one beyond the state is an error on the CPU and gives NaN on CUDA.
+    Returns out, shaped and typed as x (without its head axis where state has none), from the state in float32
+    before it is rounded to its dtype. RuntimeError names an argument that does not fit; nothing is changed then.
     """
     has_heads = state.dim() > 3
-    state, x, dt, A, B, C, D, z, dt_bias = _per_head(state, x, dt, A, B, C, D, z, dt_bias)
-    out = native.selective_state_update(
-        state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), state_batch_indices
-    )
-    return out if has_heads else out.squeeze(1)
+    with torch.no_grad():  # or torch would tie out and state to a gradient that does not exist
+        tensors = _per_head(state, x, dt, A, B, C, D, z, dt_bias)
+        out = native.selective_state_update(*tensors, bool(dt_softplus), state_batch_indices)
+    return out if has_heads else out.squeeze(-2)
 
 
 def selective_state_update_ref(
     state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False
 ):
     """`selective_state_update` in plain PyTorch, in float32 (float64 for float64)."""
+    if x.dim() == 4:
+
+        def step(t):
+            gate = None if z is None else z[:, t]
+            token = (state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, gate, dt_bias, dt_softplus)
+            return selective_state_update_ref(*token)
+
+        return torch.stack([step(t) for t in range(x.shape[1])], dim=1)
     has_heads = state.dim() > 3
     stored, *tensors = _per_head(state, x, dt, A, B, C, D, z, dt_bias)
     out_dtype = x.dtype
