@@ -9,7 +9,7 @@ install(TARGETS mamba_native_ops COMPONENT wheel_native EXCLUDE_FROM_ALL
         LIBRARY DESTINATION mamba_ssm/native RUNTIME DESTINATION mamba_ssm/native)
 install(FILES ${_libraries} DESTINATION mamba_ssm/native COMPONENT wheel_native EXCLUDE_FROM_ALL)
 # modules beside the package: those listed and no others
-install(FILES python/selective_scan_cuda.py DESTINATION . COMPONENT wheel_native EXCLUDE_FROM_ALL OPTIONAL)
+install(FILES python/selective_scan_cuda.py DESTINATION . COMPONENT wheel_native EXCLUDE_FROM_ALL)
 install(DIRECTORY python/mamba_ssm DESTINATION . COMPONENT wheel_python EXCLUDE_FROM_ALL
         MESSAGE_NEVER PATTERN __pycache__ EXCLUDE)
 

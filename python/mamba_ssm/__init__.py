@@ -10,6 +10,8 @@ __getattr__, _names = attach(
     __name__,
     functions={
         "selective_scan_fn": "mamba_ssm.ops.selective_scan_interface",
+        "mamba_inner_fn": "mamba_ssm.ops.mamba_inner",
+        "falcon_mamba_inner_fn": "mamba_ssm.ops.mamba_inner",
         "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
         "Mamba": "mamba_ssm.modules.mamba_simple",
         "MambaLMHeadModel": "mamba_ssm.models.mixer_seq_simple",

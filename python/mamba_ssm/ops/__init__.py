@@ -8,5 +8,5 @@ __getattr__, __dir__ = attach(
         "selective_scan_fn": "mamba_ssm.ops.selective_scan_interface",
         "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
     },
-    submodules=("causal_conv1d", "selective_scan_interface", "triton"),
+    submodules=("causal_conv1d", "mamba_inner", "selective_scan_interface", "triton"),
 )

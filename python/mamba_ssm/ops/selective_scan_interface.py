@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from mamba_ssm._lazy import attach
 from mamba_ssm.native import selective_scan as native
+from mamba_ssm.native import vmap
 
 
 class SelectiveScanFn(torch.autograd.Function):
@@ -80,10 +82,9 @@ def selective_scan_fn(
     B, C = _projection(B, state_dtype), _projection(C, state_dtype)
     A, D, delta_bias, initial_state = map(parameter, (A, D, delta_bias, initial_state))
     softplus, return_last_state = bool(delta_softplus), bool(return_last_state)
-    if torch.compiler.is_compiling():
-        out, last_state, _ = native.selective_scan_forward(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, softplus
-        )
+    if vmap.through_dispatcher():
+        inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, softplus)
+        out, last_state, _ = vmap.call(native.selective_scan_forward, *inputs)
         return (out, last_state) if return_last_state else out
     return SelectiveScanFn.apply(
         u, delta, A, B, C, D, z, delta_bias, softplus, return_last_state, initial_state
@@ -142,3 +143,36 @@ def selective_scan_ref(
         y = y * F.silu(z.to(dtype))
     out = y.to(out_dtype)
     return (out, state) if return_last_state else out
+
+
+# What callers find in upstream's module and lives elsewhere, if anywhere.
+__getattr__, _elsewhere = attach(
+    __name__,
+    functions={
+        "causal_conv1d_fn": "mamba_ssm.ops.causal_conv1d",
+        **dict.fromkeys(
+            (
+                "MambaInnerFn",
+                "bimamba_inner_fn",
+                "bimamba_inner_ref",
+                "mamba_inner_fn",
+                "mamba_inner_fn_no_out_proj",
+                "mamba_inner_ref",
+                "rms_norm_forward",
+            ),
+            "mamba_ssm.ops.mamba_inner",
+        ),
+    },
+    submodules=(),
+    optional={
+        "selective_scan_cuda": "selective_scan_cuda:",
+        "causal_conv1d_cuda": "causal_conv1d_cuda:",
+        "causal_conv1d_fwd_function": "causal_conv1d.cpp_functions:causal_conv1d_fwd_function",
+        "causal_conv1d_bwd_function": "causal_conv1d.cpp_functions:causal_conv1d_bwd_function",
+        "causal_conv1d_update_function": "causal_conv1d.cpp_functions:causal_conv1d_update_function",
+    },
+)
+
+
+def __dir__():
+    return sorted({*globals(), *_elsewhere()})
