@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -100,10 +101,14 @@ def test_learns_a_short_text(device):
     assert losses[0] > 3.0 and losses[-1] < 0.3, losses
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_checkpoint_round_trip(tmp_path, tied):
+def test_checkpoint_round_trip(tmp_path, tied, file):
+    if safe := file.endswith("safetensors"):
+        pytest.importorskip("safetensors")
     model = MambaLMHeadModel(small(tie_embeddings=tied))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, **({"safe_serialization": True} if safe else {}))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", file}
     assert json.loads((tmp_path / "config.json").read_text()) == load_config_hf(tmp_path)
     loaded = MambaLMHeadModel.from_pretrained(tmp_path)
     tokens = torch.randint(0, 61, (1, 5))
@@ -112,19 +117,44 @@ def test_checkpoint_round_trip(tmp_path, tied):
     half = MambaLMHeadModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert half.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    assert (half.lm_head.weight is half.backbone.embedding.weight) is tied
 
 
-def test_sharded_checkpoint(tmp_path):
-    model = MambaLMHeadModel(small())
-    state = model.state_dict()
-    index = {name: f"part-{i % 2}.bin" for i, name in enumerate(state)}
+def test_of_two_formats_the_one_that_can_be_read(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    for safe in (True, False):
+        model = MambaLMHeadModel(small())
+        model.save_pretrained(tmp_path, safe_serialization=safe)
+        if safe:
+            weight = model.lm_head.weight
+    assert torch.equal(MambaLMHeadModel.from_pretrained(tmp_path).lm_head.weight, weight)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert torch.equal(
+        MambaLMHeadModel.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight
+    )
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        MambaLMHeadModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_sharded_checkpoint(tmp_path, suffix):
+    if suffix == "bin":
+        name, save = "pytorch_model.bin", torch.save
+    else:
+        name, save = "model.safetensors", pytest.importorskip("safetensors.torch").save_file
+    state = MambaLMHeadModel(small(tie_embeddings=False)).state_dict()
+    index = {key: f"part-{i % 2}.{suffix}" for i, key in enumerate(state)}
     for part in set(index.values()):
-        torch.save({name: state[name] for name in state if index[name] == part}, tmp_path / part)
-    path = tmp_path / "pytorch_model.bin.index.json"
-    path.write_text(json.dumps({"weight_map": index}))
+        save({key: state[key] for key in state if index[key] == part}, tmp_path / part)
+    (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": index}))
     loaded = load_state_dict_hf(tmp_path, dtype=torch.float64)
     assert loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[name], state[name].double()) for name in state)
+    assert all(torch.equal(loaded[key], state[key].double()) for key in state)
+    (tmp_path / f"part-1.{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match="part-1"):
+        load_state_dict_hf(tmp_path)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

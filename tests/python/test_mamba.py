@@ -77,10 +77,11 @@ def plain(model, hidden):
     return model.out_proj(y.transpose(1, 2))
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["fast_path", "plain_path"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 37])
-def test_forward_and_backward_are_the_equations(device, bias, length):
-    model = Mamba(32, bias=bias).to(device)
+def test_forward_and_backward_are_the_equations(device, bias, length, fast):
+    model = Mamba(32, bias=bias, use_fast_path=fast).to(device)
     hidden = torch.randn(2, length, 32, device=device, requires_grad=True)
     results = []
     for function in (model, lambda h: plain(model, h)):
@@ -89,6 +90,38 @@ def test_forward_and_backward_are_the_equations(device, bias, length):
         results.append((out, *torch.autograd.grad(out.square().sum(), wanted)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_fast_path_keeps_less_for_the_backward_pass(device):
+    hidden = torch.randn(2, 64, 32, device=device)
+
+    def kept(model):
+        found = {}
+
+        def pack(tensor):
+            found[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(hidden)
+        return sum(found.values())
+
+    fast, plain = (Mamba(32, use_fast_path=use).to(device) for use in (True, False))
+    assert kept(fast) < 0.75 * kept(plain)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast_path", "plain_path"])
+@pytest.mark.parametrize("shape", [(0, 5, 32), (2, 0, 32)], ids=str)
+def test_empty_batches_and_sequences(device, shape, fast):
+    model = Mamba(32, layer_idx=0, use_fast_path=fast).to(device)
+    hidden = torch.randn(shape, device=device, requires_grad=True)
+    out = model(hidden)
+    out.sum().backward()
+    assert out.shape == shape and hidden.grad.shape == shape
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    params = InferenceParams(max_seqlen=5, max_batch_size=shape[0])
+    assert model(hidden, inference_params=params).shape == shape
+    assert not any(state.any() for state in params.key_value_memory_dict[0])
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 2, 9])
@@ -135,6 +168,20 @@ def test_step_takes_one_token():
     model = Mamba(32)
     with pytest.raises(AssertionError, match="one token"):
         model.step(torch.randn(1, 2, 32), *model.allocate_inference_cache(1, 1))
+
+
+def test_states_may_have_a_dtype_of_their_own(device):
+    """A float32 cache of a bfloat16 layer, as allocate_inference_cache(dtype=) gives it."""
+    model = Mamba(32, layer_idx=0, dtype=torch.bfloat16, device=device)
+    hidden = torch.randn(2, 12, 32, device=device, dtype=torch.bfloat16)
+    outs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        states = model.allocate_inference_cache(2, 12, dtype=dtype)
+        with torch.no_grad():
+            steps = [model.step(hidden[:, t : t + 1], *states)[0] for t in range(12)]
+        outs[dtype] = torch.cat(steps, dim=1)
+        assert states[0].dtype == states[1].dtype == dtype and steps[0].dtype == torch.bfloat16
+    torch.testing.assert_close(*outs.values(), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -195,6 +242,24 @@ def test_exports(device):
     torch.testing.assert_close(exported.module()(hidden), model(hidden))
 
 
+@pytest.mark.skipif(not shutil.which(HOST_COMPILER), reason="inductor needs a C++ compiler")
+def test_packages_for_aot_inductor(tmp_path):
+    """A package of the layer, for sequences of several lengths, run without its Python code."""
+    model = Mamba(32).eval()
+    length = torch.export.Dim("length", min=2, max=100)
+    with torch.no_grad():
+        exported = torch.export.export(
+            model, (torch.randn(2, 9, 32),), dynamic_shapes=({1: length},)
+        )
+        path = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(tmp_path / "mamba.pt2")
+        )
+        package = torch._inductor.aoti_load_package(path)
+        for length in (9, 31):
+            hidden = torch.randn(2, length, 32)
+            torch.testing.assert_close(package(hidden), model(hidden), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
 @pytest.mark.parametrize("norm", [torch.nn.LayerNorm, RMSNorm])
 def test_block_fused_is_unfused(device, norm, residual_in_fp32):
@@ -226,3 +291,39 @@ def test_block_is_importable_from_its_old_path():
     from mamba_ssm.modules import mamba_simple
 
     assert mamba_simple.Block is Block
+
+
+def test_vmap_is_a_loop(device):
+    """Over a batch of batches; the layer's parameters serve all."""
+    model = Mamba(32).to(device)
+    hidden = torch.randn(3, 2, 9, 32, device=device)
+    mapped = torch.func.vmap(model, in_dims=1)(hidden.transpose(0, 1))
+    torch.testing.assert_close(mapped, torch.stack([model(one) for one in hidden]))
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast_path", "plain_path"])
+def test_gradients_of_each_sample_are_a_loop(device, fast):
+    model = Mamba(32, bias=True, use_fast_path=fast).to(device)
+    parameters = dict(model.named_parameters())
+    hidden = torch.randn(3, 9, 32, device=device)
+
+    def loss(parameters, one):
+        return torch.func.functional_call(model, parameters, (one.unsqueeze(0),)).square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, hidden)
+    for i, one in enumerate(hidden):
+        gradients = torch.autograd.grad(loss(parameters, one), list(parameters.values()))
+        for name, gradient in zip(parameters, gradients, strict=True):
+            torch.testing.assert_close(mapped[name][i], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_over_layers_of_an_ensemble(device):
+    layers = [Mamba(32).to(device) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    hidden = torch.randn(2, 9, 32, device=device)
+
+    def run(parameters, hidden):
+        return torch.func.functional_call(layers[0], (parameters, buffers), (hidden,))
+
+    mapped = torch.func.vmap(run, in_dims=(0, None))(parameters, hidden)
+    torch.testing.assert_close(mapped, torch.stack([layer(hidden) for layer in layers]))

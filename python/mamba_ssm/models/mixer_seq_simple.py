@@ -17,7 +17,7 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn
 from mamba_ssm.utils.generation import GenerationMixin
-from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
+from mamba_ssm.utils.hf import CONFIG, load_config_hf, load_state_dict_hf, save_state_dict_hf
 
 MIXERS = {"Mamba1": Mamba}
 
@@ -215,11 +215,12 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         model.load_state_dict(state_dict)
         return model
 
-    def save_pretrained(self, save_directory):
-        """Writes pytorch_model.bin and config.json."""
+    def save_pretrained(self, save_directory, safe_serialization=False):
+        """Writes config.json, and pytorch_model.bin or with safe_serialization model.safetensors."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), folder / "pytorch_model.bin")
-        (folder / "config.json").write_text(
-            json.dumps(asdict(self.config), indent=4), encoding="utf-8"
-        )
+        state_dict = self.state_dict()
+        if safe_serialization and self.config.tie_embeddings:
+            del state_dict["lm_head.weight"]  # from_pretrained ties it again
+        save_state_dict_hf(state_dict, folder, safe_serialization)
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=4), encoding="utf-8")

@@ -8,8 +8,41 @@ from torch import nn
 
 from mamba_ssm.modules.block import Block as Block
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm.ops.mamba_inner import mamba_inner_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+
+def project(weight, rows):
+    """weight times rows (B, L, features), as (B, features, L): time contiguous, as the kernels like it."""
+    return (weight @ rows.flatten(0, 1).t()).unflatten(1, rows.shape[:2]).transpose(0, 1)
+
+
+def scan_parameters(A_log, D, dt_proj):
+    """A, D and the bias of delta, in float32 whatever the dtype of the rest."""
+    return -torch.exp(A_log.float()), D.float(), dt_proj.bias.float()
+
+
+def scan_projected(x, z, x_proj, dt_proj, A_log, D, **options):
+    """The scan of x gated by z, both (B, D, L), with delta, B and C projected from x.
+
+    options: those of `selective_scan_fn`, whose result is returned.
+    """
+    d_state = A_log.shape[1]
+    dt, B, C = x_proj(x.transpose(1, 2)).split([dt_proj.in_features, d_state, d_state], dim=-1)
+    A, D, dt_bias = scan_parameters(A_log, D, dt_proj)
+    return selective_scan_fn(
+        x,
+        project(dt_proj.weight, dt),
+        A,
+        B.transpose(1, 2).contiguous(),
+        C.transpose(1, 2).contiguous(),
+        D,
+        z=z,
+        delta_bias=dt_bias,
+        delta_softplus=True,
+        **options,
+    )
 
 
 class Mamba(nn.Module):
@@ -17,7 +50,8 @@ class Mamba(nn.Module):
 
     d_state: N, states a channel; d_conv: width of the convolution; expand: inner width over d_model; dt_rank:
     rank of the step size's projection, ceil(d_model / 16) for "auto". Step sizes start between dt_min and dt_max.
-    layer_idx: this layer's key in the inference cache. use_fast_path is kept for callers; one path serves all.
+    use_fast_path: without a cache, the backward pass computes inner tensors again instead of keeping them.
+    layer_idx: this layer's key in the inference cache.
     """
 
     def __init__(
@@ -89,41 +123,51 @@ class Mamba(nn.Module):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
         self.dt_proj.bias._no_reinit = True
 
+    def _input(self, hidden_states):
+        """x and z before the convolution, (B, 2 d_inner, L)."""
+        xz = project(self.in_proj.weight, hidden_states)
+        if self.in_proj.bias is not None:
+            xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
+        return xz
+
     def forward(self, hidden_states, inference_params=None):
         """(B, L, d_model) -> (B, L, d_model); with inference_params the cache is written or continued."""
-        batch, length, _ = hidden_states.shape
         conv_state = ssm_state = None
         if inference_params is not None:
+            batch = hidden_states.shape[0]
             conv_state, ssm_state = self._get_states_from_cache(inference_params, batch)
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, conv_state, ssm_state)[0]
 
-        def by_channel(rows):
-            """(features, B L) -> (B, features, L), time contiguous as the kernels like it."""
-            return rows.view(-1, batch, length).transpose(0, 1)
-
-        xz = by_channel(self.in_proj.weight @ hidden_states.reshape(batch * length, -1).t())
-        if self.in_proj.bias is not None:
-            xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
+        xz = self._input(hidden_states)
+        if self.use_fast_path and inference_params is None:
+            A, D, dt_bias = scan_parameters(self.A_log, self.D, self.dt_proj)
+            return mamba_inner_fn(
+                xz,
+                self.conv1d.weight,
+                self.conv1d.bias,
+                self.x_proj.weight,
+                self.dt_proj.weight,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                A,
+                D=D,
+                delta_bias=dt_bias,
+                delta_softplus=True,
+            )
         x, z = xz.chunk(2, dim=1)
         if conv_state is not None:
-            conv_state.copy_(F.pad(x, (self.d_conv - length, 0)))
+            conv_state.copy_(F.pad(x, (self.d_conv - x.shape[2], 0)))
         x = causal_conv1d_fn(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.activation
         )
-
-        x_dbl = self.x_proj(x.transpose(1, 2).reshape(batch * length, -1))
-        dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_scan_fn(
+        y = scan_projected(
             x,
-            by_channel(self.dt_proj.weight @ dt.t()),
-            -torch.exp(self.A_log.float()),
-            B.view(batch, length, -1).transpose(1, 2).contiguous(),
-            C.view(batch, length, -1).transpose(1, 2).contiguous(),
-            self.D.float(),
-            z=z,
-            delta_bias=self.dt_proj.bias.float(),
-            delta_softplus=True,
+            z,
+            self.x_proj,
+            self.dt_proj,
+            self.A_log,
+            self.D,
             return_last_state=ssm_state is not None,
         )
         if ssm_state is not None:
@@ -136,19 +180,24 @@ class Mamba(nn.Module):
         assert hidden_states.shape[1] == 1, "decoding takes one token at a time"
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_update(
-            x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation
-        )
+            x.to(conv_state.dtype),  # the cache has its own under autocast, or as the caller wished
+            conv_state,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.activation,
+        ).to(z.dtype)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        A, D, dt_bias = scan_parameters(self.A_log, self.D, self.dt_proj)
         y = selective_state_update(
             ssm_state,
             x,
             F.linear(dt, self.dt_proj.weight),
-            -torch.exp(self.A_log.float()),
+            A,
             B,
             C,
-            self.D,
+            D,
             z=z,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=dt_bias,
             dt_softplus=True,
         )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state

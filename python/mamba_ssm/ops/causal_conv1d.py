@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba_ssm.native import causal_conv1d as native
+from mamba_ssm.native import vmap
 
 
 class CausalConv1dFn(torch.autograd.Function):
@@ -84,9 +85,16 @@ def causal_conv1d_fn(
         seq_idx = seq_idx.to(torch.int32).contiguous()
     x, initial_states = _fast_layout(x), _fast_layout(initial_states)
     return_final_states = bool(return_final_states)
-    if torch.compiler.is_compiling():
-        out, final_states = native.causal_conv1d_forward(
-            x, weight, bias, seq_idx, initial_states, return_final_states, silu
+    if vmap.through_dispatcher():
+        out, final_states = vmap.call(
+            native.causal_conv1d_forward,
+            x,
+            weight,
+            bias,
+            seq_idx,
+            initial_states,
+            return_final_states,
+            silu,
         )
         if not return_final_states:
             return out
