@@ -4,6 +4,7 @@ What is downloaded and unpacked stays in MAMBA_WINDOWS_CACHE (default ~/.cache/m
 the Python that a test run installs into is a copy of the one there.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ GCC, OBJDUMP = "x86_64-w64-mingw32-g++-posix", "x86_64-w64-mingw32-objdump"
 WINE = "/usr/lib/wine/wine64"  # not the wrapper `wine`, which asks for a 32-bit Wine
 APT = "g++-mingw-w64-x86-64-posix wine64 ninja-build libgtest-dev"
 PYTHON = (3, 11)
+LAUNCHER = bootstrap.ROOT / "tests" / "windows" / "python.cpp"
 TORCH_FLOOR = "2.10.0"  # the oldest torch that the wheel promises to run on
 
 # It carries python311.dll and the standard library's extension modules, for its own packager.
@@ -28,7 +30,7 @@ PANDA3D = "panda3d==1.10.16"
 RUNTIME = "msvc-runtime==14.44.35112"
 RUNTIME_DLLS = ("msvcp140", "msvcp140_1", "vcruntime140", "vcruntime140_1")
 PACKAGES = (
-    *("pip", "pytest", "expecttest", "psutil", "pefile", "tqdm", "matplotlib"),
+    *("pip", "pytest", "expecttest", "hypothesis", "psutil", "pefile", "tqdm", "matplotlib"),
     "cmake==3.31.6",  # 4.4 is silent under Wine 8
     "numpy==1.26.4",  # 2.x calls a function of ucrtbase.dll that Wine 8 lacks
     # torch's needs, and colorama, which pip on this machine does not know that Windows needs
@@ -44,6 +46,12 @@ FOR_WINDOWS = (
 def cache():
     given = os.environ.get("MAMBA_WINDOWS_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "mamba_native" / "windows"
+
+
+def base():
+    """Folder of the Python that python_base makes; what goes into it is part of its name."""
+    contents = repr((PANDA3D, RUNTIME, RUNTIME_DLLS, PACKAGES)).encode()
+    return cache() / f"python-{hashlib.sha256(contents + LAUNCHER.read_bytes()).hexdigest()[:8]}"
 
 
 def check_tools():
@@ -117,7 +125,7 @@ def forwarder(library, name):
 
 def python_base(python):
     """Folder of a Python for Windows with what torch and the tests need, but without torch."""
-    with made(cache() / "python") as folder:
+    with made(base()) as folder:
         if folder:
             (folder / "DLLs").mkdir()
             for name, data in wheel_files(python, PANDA3D, "deploy_libs/"):
@@ -133,23 +141,22 @@ def python_base(python):
                 *("test", "tests", "idlelib", "ensurepip"),
             )
             shutil.copytree(sysconfig.get_path("stdlib"), folder / "Lib", ignore=left_out)
-            launcher = bootstrap.ROOT / "tests" / "windows" / "python.cpp"
             exe = folder / "python.exe"
-            bootstrap.run([GCC, "-std=c++17", "-O1", "-municode", "-static", launcher, "-o", exe])
+            bootstrap.run([GCC, "-std=c++17", "-O1", "-municode", "-static", LAUNCHER, "-o", exe])
             forwarder(folder / "python311.dll", folder / "python3.dll")
             for_environments = folder / "Lib" / "venv" / "scripts" / "nt"  # where venv looks
             for_environments.mkdir(parents=True, exist_ok=True)
             shutil.copy(exe, for_environments)
             packages = folder / "Lib" / "site-packages"
             pip(python, "install", "--no-compile", *FOR_WINDOWS, "--target", packages, *PACKAGES)
-    return cache() / "python"
+    return base()
 
 
 def python_home(python, version, folder):
     """A fresh Python for Windows in `folder`, with that torch. Returns its python.exe."""
-    base, libraries = python_base(python), torch(python, version)
+    libraries = torch(python, version)
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(base, folder)
+    shutil.copytree(python_base(python), folder)
     for path in libraries.iterdir():
         (folder / "Lib" / "site-packages" / path.name).symlink_to(path)
     return folder / "python.exe"
@@ -185,7 +192,7 @@ def run(command, env):
 @contextmanager
 def environment(env):
     """env with a Wine that suits tests; its PATH has cmake. Nothing is written to ~/.wine."""
-    cmake = cache() / "python" / "Lib" / "site-packages" / "cmake" / "data" / "bin"
+    cmake = base() / "Lib" / "site-packages" / "cmake" / "data" / "bin"
     env = dict(
         env,
         WINEPREFIX=str(cache() / "prefix"),

@@ -17,9 +17,12 @@ import _wine as wine
 
 PYTEST_TOOLS = (
     *("pytest", "expecttest", "psutil", "auditwheel", "pefile", "tqdm", "matplotlib"),
+    "hypothesis",
     *("PyYAML", "yamllint", "check-jsonschema"),  # for the workflows
+    *("transformers==5.17.*", "accelerate"),  # models that take our operations
 )
 WINDOWS_PRESET = "windows-mingw"
+CPP_GPU_TESTS = "*cuda*:*Cuda*-*large*:*Large*"
 # What the oldest torch gets: operations, their gradients, a model.
 SMOKE = ("ops", "selective_scan", "causal_conv1d", "mamba")
 
@@ -126,13 +129,14 @@ def test_gpu(options):
     else:
         with bootstrap.leg("C++ tests"):
             failed = subprocess.run(
-                [tests, "--gtest_filter=*cuda*:*Cuda*-*large*:*Large*"]
+                [tests, f"--gtest_filter={'*Large*' if options.large else CPP_GPU_TESTS}"]
             ).returncode
     if importlib.util.find_spec("pytest") is None:
         print("pytest is not installed: Python tests left out")
         return failed or tests is None
     with bootstrap.leg("Python tests"):
-        return pytest(sys.executable, os.environ, library, "-m", "gpu", *options.pytest) or failed
+        mark = "large" if options.large else "gpu"
+        return pytest(sys.executable, os.environ, library, "-m", mark, *options.pytest) or failed
 
 
 def main():
@@ -140,6 +144,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu", action="store_true", help="run the CUDA tests; needs no network")
+    parser.add_argument(
+        "--large", action="store_true", help="with --gpu: those instead that need 60 GB of it"
+    )
     parser.add_argument(
         "--windows", action="store_true", help="test the Windows wheel under Wine, on Linux"
     )

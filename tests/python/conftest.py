@@ -31,9 +31,12 @@ def _why_not_cuda():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "large: needs 60 GB of its memory; runs with -m large")
 
 
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("large") and "large" not in item.config.option.markexpr:
+        pytest.skip("needs 60 GB of GPU memory; -m large runs it")
     if item.get_closest_marker("gpu") and (reason := _why_not_cuda()):
         pytest.skip(reason)
 
