@@ -8,6 +8,7 @@ one that does not fit.
 import torch
 import torch.nn.functional as F
 from mamba_ssm.native import selective_scan as native
+from mamba_ssm.utils.determinism import use_deterministic_mode
 
 _CHUNK = 2048  # steps between two entries of x
 
@@ -86,8 +87,9 @@ def bwd(
         _, _, checkpoints = native.selective_scan_forward(
             u, delta, A, B, C, D, None, delta_bias, None, delta_softplus
         )
+    tensors = (dout, None, u, delta, A, B, C, D, z, delta_bias, None, checkpoints)
     du, ddelta, dA, dB, dC, dD, dz_, ddelta_bias, _ = native.selective_scan_backward(
-        dout, None, u, delta, A, B, C, D, z, delta_bias, None, checkpoints, delta_softplus
+        *tensors, delta_softplus, deterministic=use_deterministic_mode()
     )
     grads = [du, ddelta, dA, dB, dC]
     grads += [None if D is None else dD, None if delta_bias is None else ddelta_bias]

@@ -8,10 +8,13 @@
 // The README of this room derives this and says where the time goes.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "core/cuda/launch.h"
 #include "selective_scan/plan.h"
+#include "selective_scan/scan_order.h"
+#include "selective_scan/sums.h"
 #include "selective_scan/tensors.cuh"
 
 namespace mamba_native::selective_scan::cuda {
@@ -19,47 +22,86 @@ namespace mamba_native::selective_scan::cuda {
 using mamba_native::cuda::atomic_add4;
 using mamba_native::cuda::warp_sum;
 
-// dB or dC: contiguous (B, G, N, L), or (D, N) for a constant coefficient.
+// dB or dC: contiguous (B, G, N, L) but for the direction of time, or (D, N) for a constant
+// coefficient.
 struct CoefficientGradient {
   float* data;
+  int step;  // 1, or -1 in a reverse scan
   bool constant;
   bool vectorize;  // rows are 16-byte aligned
 };
 
-template <class T>
+// Deterministic sums: every channel of a batch entry has a place for what it adds to dA, dD,
+// ddelta_bias and static dB, dC, which one thread updates tile by tile, and every CTA one for its
+// part of a tile of varying dB, dC. A launch goes through the tiles of a segment, so that the parts
+// of all CTAs stay small; the adjoint crosses from one launch to the next.
+struct Parts {
+  float* dA = nullptr;                 // (B, D, N); null: atomics instead, and one segment
+  float *dB = nullptr, *dC = nullptr;  // static: (B, D, N); varying: (blocks, B, G, N, steps)
+  float *dD = nullptr, *ddelta_bias = nullptr;  // (B, D)
+  float* adjoint = nullptr;                     // (B, D, N)
+  int first_tile = 0, last_tile = 0;
+};
+
+template <class T, Scope SCOPE>
 struct BackwardArgs {
-  DeviceInputs<T> in;
-  Sequence<const T> dout;
+  DeviceInputs<T, SCOPE> in;
+  Sequence<const T, SCOPE> dout;
   Weights<const float> dlast_state;
   const float* checkpoints;  // (B, D, tiles, N), contiguous
-  Sequence<T> du, ddelta, dz;
+  Sequence<T, SCOPE> du, ddelta, dz;
   Weights<float> dA, dD, ddelta_bias, dinitial_state;
   CoefficientGradient dB, dC;
-};
+  Parts parts;
 
-// Sums that many CTAs add to start from zero. One launch clears them all.
-//   grid    (blocks, block), a grid-stride loop over each block's elements
-struct Matrix {
-  float* data = nullptr;
-  std::int64_t rows = 0, columns = 0, row = 0, column = 0;
-};
-inline constexpr int kCleared = 5;
-struct Matrices {
-  Matrix all[kCleared];
-};
-
-static __global__ void clear(const Matrices matrices) {
-  const Matrix& matrix = matrices.all[blockIdx.y];
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < matrix.rows * matrix.columns; i += step) {
-    matrix.data[i / matrix.columns * matrix.row + i % matrix.columns * matrix.column] = 0.0f;
+  __device__ __forceinline__ bool ordered() const {
+    return SCOPE != Scope::plain && parts.dA != nullptr;
   }
-}
+  // Where channel c of batch entry b has its place in an array of (B, D, size).
+  __device__ __forceinline__ std::int64_t place(int b, int c, int size) const {
+    return (static_cast<std::int64_t>(b) * in.channels + c) * size;
+  }
+  // Adds to what many CTAs share, or to a place of the channel's own.
+  __device__ __forceinline__ void add(float* shared, float* own, std::int64_t place,
+                                      float value) const {
+    if (ordered()) {
+      own[place] += value;
+    } else {
+      atomicAdd(shared, value);
+    }
+  }
+  // h before step first + i of state n: the sequence's own where it begins, else `h`.
+  __device__ __forceinline__ float state_before(const Cuts& cuts, int b, int c, int n,
+                                                std::int64_t first, int i, float h) const {
+    return (cuts.begins >> i & 1u) == 0u
+               ? h
+               : state_of(in.initial_state, in.sequences.entering(b, first + i), c, n);
+  }
+  // The adjoint that reaches step first + i from later steps: that of its sequence's last state
+  // where it is the last one, else `q`.
+  __device__ __forceinline__ float adjoint_after(const Cuts& cuts, int b, int c, int n,
+                                                 std::int64_t first, int i, float q) const {
+    return (cuts.ends >> i & 1u) == 0u
+               ? q
+               : state_of(dlast_state, in.sequences.leaving(b, first + i), c, n);
+  }
+  // Stores the adjoint of the state that step first + i begins from, if it begins a sequence.
+  __device__ __forceinline__ void leave_adjoint(const Cuts& cuts, int b, int c, int n,
+                                                std::int64_t first, int i, float q) const {
+    if ((cuts.begins >> i & 1u) != 0u && dinitial_state.data != nullptr) {
+      const int to = in.sequences.entering(b, first + i);
+      if (to >= 0) {
+        dinitial_state.at(to, c, n) = q;
+      }
+    }
+  }
+};
 
 // A constant coefficient belongs to one channel, and its gradient sums over time: over the warp.
-__device__ __forceinline__ void add_over_time(float* to, const float (&values)[kItems], int lane,
-                                              bool active) {
+template <class Args>
+__device__ __forceinline__ void add_over_time(const Args& args, const CoefficientGradient& to,
+                                              float* own, const float (&values)[kItems], int b,
+                                              int c, int n, int lane, bool active) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -67,7 +109,8 @@ __device__ __forceinline__ void add_over_time(float* to, const float (&values)[k
   }
   sum = warp_sum(sum);
   if (active && lane == 0) {
-    atomicAdd(to, sum);
+    args.add(to.data + static_cast<std::int64_t>(c) * args.in.d_state + n, own,
+             args.place(b, c, args.in.d_state) + n, sum);
   }
 }
 
@@ -96,15 +139,15 @@ constexpr int resident_blocks(int, int blocks) { return blocks; }
 // decays once, then the forward and the adjoint recurrence together (local run, one scan over the
 // warp for both directions, second run), and the channel's share of dB and dC goes through shared
 // memory, where the CTA sums its channels before one atomic per 4 steps.
-template <class T, int WARPS, int BLOCKS>
+template <class T, Scope SCOPE, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
-    scan_backward(const BackwardArgs<T> args) {
+    scan_backward(const BackwardArgs<T, SCOPE> args) {
   constexpr int kThreads = WARPS * kWarp;
   constexpr int kExchange = 2 * kItems * kWarp;  // floats per warp and buffer: dB and dC
   constexpr int kStageStride = kWarp + 1;        // so that columns fall into different banks
   extern __shared__ float4 shared_memory[];
 
-  const DeviceInputs<T>& in = args.in;
+  const DeviceInputs<T, SCOPE>& in = args.in;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   float* const exchange = reinterpret_cast<float*>(shared_memory);
@@ -121,30 +164,33 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
   const int c = group * in.channels_per_group + (active ? in_group : 0);
   const bool exchanges = !(args.dB.constant && args.dC.constant);
 
-  const CoefficientRows<T> rows_b(in.B, b, group, c);
-  const CoefficientRows<T> rows_c(in.C, b, group, c);
+  const CoefficientRows<T, SCOPE> rows_b(in.B, b, group, c);
+  const CoefficientRows<T, SCOPE> rows_c(in.C, b, group, c);
   const std::int64_t first_row = (static_cast<std::int64_t>(b) * in.groups + group) * in.d_state;
   float sum_dD = 0.0f, sum_dbias = 0.0f;
   int buffer = 0;
 
-  for (int tile = in.tiles - 1; tile >= 0; --tile) {
+  const int first_tile = SCOPE != Scope::plain ? args.parts.first_tile : 0;
+  const int last_tile = SCOPE != Scope::plain ? args.parts.last_tile : in.tiles;
+  for (int tile = last_tile - 1; tile >= first_tile; --tile) {
     const std::int64_t t0 = static_cast<std::int64_t>(tile) * kCheckpointInterval;
     const std::int64_t first = t0 + lane * kItems;
     const int valid = active ? valid_items(in.length, first) : 0;
     float delta[kItems], x[kItems], g[kItems];
     float elapsed = 0.0f;  // sum of delta over the lane's steps
-    in.delta.load(b, c, first, valid).floats(delta);
-    in.u.load(b, c, first, valid).floats(x);
-    args.dout.load(b, c, first, valid).floats(g);
+    in.delta.read(b, c, first, valid, delta);
+    in.u.read(b, c, first, valid, x);
+    args.dout.read(b, c, first, valid, g);
     discretise(delta, in.delta_bias.get(0, c, 0), in.delta_softplus, valid);
     if (in.z.data != nullptr) {
       float z[kItems];
-      in.z.load(b, c, first, valid).floats(z);
+      in.z.read(b, c, first, valid, z);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         g[i] *= fast_silu(z[i]);
       }
     }
+    const Cuts cuts = cuts_of(in.sequences, b, first, lane, active);
     float sum_qb[kItems], sum_qaw[kItems], y[kItems];  // over the states
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -161,7 +207,13 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
       if (active && lane < states) {
         rates = in.A.at(0, c, n0 + lane);
         entering_states = args.checkpoints[checkpoint_offset(in, b, c, tile) + n0 + lane];
-        carry = tile + 1 == in.tiles ? args.dlast_state.get(b, c, n0 + lane) : carries[n0 + lane];
+        if (tile + 1 == in.tiles) {
+          carry = state_of(args.dlast_state, in.sequences.leaving(b, in.length - 1), c, n0 + lane);
+        } else if (tile + 1 == last_tile) {
+          carry = args.parts.adjoint[args.place(b, c, in.d_state) + n0 + lane];
+        } else {
+          carry = carries[n0 + lane];
+        }
       }
 
 #pragma unroll 1
@@ -183,10 +235,19 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
         float q_span = h_span;
         float h = x[0] * b_values[0];
         float q = g[kItems - 1] * c_values[kItems - 1];
+        if (in.sequences.present()) {
+          h = fmaf(decay[0], args.state_before(cuts, b, c, n, first, 0, 0.0f), h);
+          q += args.adjoint_after(cuts, b, c, n, first, kItems - 1, 0.0f);
+        }
 #pragma unroll
         for (int i = 1; i < kItems; ++i) {
-          h = fmaf(decay[i], h, x[i] * b_values[i]);
-          q = fmaf(decay[kItems - i], q, g[kItems - 1 - i] * c_values[kItems - 1 - i]);
+          const int j = kItems - 1 - i;
+          h = fmaf(decay[i], args.state_before(cuts, b, c, n, first, i, h), x[i] * b_values[i]);
+          if (in.sequences.present()) {
+            q = args.adjoint_after(cuts, b, c, n, first, j, decay[j + 1] * q) + g[j] * c_values[j];
+          } else {
+            q = fmaf(decay[j + 1], q, g[j] * c_values[j]);
+          }
         }
         q *= decay[0];  // what a lane hands to the lane before it
 #pragma unroll
@@ -195,18 +256,18 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
           const float h_span_before = __shfl_up_sync(kAllLanes, h_span, offset);
           const float q_after = __shfl_down_sync(kAllLanes, q, offset);
           const float q_span_after = __shfl_down_sync(kAllLanes, q_span, offset);
-          if (lane >= offset) {
+          if (offset <= cuts.before) {
             h = fmaf(h_span, h_before, h);
             h_span *= h_span_before;
           }
-          if (lane + offset < kWarp) {
+          if (offset <= cuts.after) {
             q = fmaf(q_span, q_after, q);
             q_span *= q_span_after;
           }
         }
-        h = __shfl_up_sync(kAllLanes, fmaf(h_span, tile_state, h), 1);
+        h = __shfl_up_sync(kAllLanes, cuts.from_start ? fmaf(h_span, tile_state, h) : h, 1);
         h = lane == 0 ? tile_state : h;
-        const float handed = fmaf(q_span, tile_adjoint, q);
+        const float handed = cuts.to_end ? fmaf(q_span, tile_adjoint, q) : q;
         q = __shfl_down_sync(kAllLanes, handed, 1);
         q = lane == kWarp - 1 ? tile_adjoint : q;
         const float tile_start = __shfl_sync(kAllLanes, handed, 0);
@@ -218,22 +279,28 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
         float w[kItems], gradient[kItems];
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          w[i] = decay[i] * h;
+          w[i] = decay[i] * args.state_before(cuts, b, c, n, first, i, h);
           h = fmaf(x[i], b_values[i], w[i]);
           gradient[i] = g[i] * h;
           y[i] = fmaf(c_values[i], h, y[i]);
         }
         if (args.dC.constant) {
-          add_over_time(args.dC.data + static_cast<std::int64_t>(c) * in.d_state + n, gradient,
-                        lane, active);
+          add_over_time(args, args.dC, args.parts.dC, gradient, b, c, n, lane, active);
         } else {
           exchange_put(mine + kExchange / 2, gradient);
         }
         float dA = 0.0f;
 #pragma unroll
         for (int i = kItems - 1; i >= 0; --i) {
-          q = i == kItems - 1 ? fmaf(g[i], c_values[i], q)
-                              : fmaf(decay[i + 1], q, g[i] * c_values[i]);
+          if (in.sequences.present()) {
+            q = args.adjoint_after(cuts, b, c, n, first, i,
+                                   i == kItems - 1 ? q : decay[i + 1] * q) +
+                g[i] * c_values[i];
+            args.leave_adjoint(cuts, b, c, n, first, i, decay[i] * q);
+          } else {
+            q = i == kItems - 1 ? fmaf(g[i], c_values[i], q)
+                                : fmaf(decay[i + 1], q, g[i] * c_values[i]);
+          }
           const float qw = q * w[i];
           sum_qb[i] = fmaf(q, b_values[i], sum_qb[i]);
           sum_qaw[i] = fmaf(rate, qw, sum_qaw[i]);
@@ -242,8 +309,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
         }
 
         if (args.dB.constant) {
-          add_over_time(args.dB.data + static_cast<std::int64_t>(c) * in.d_state + n, gradient,
-                        lane, active);
+          add_over_time(args, args.dB, args.parts.dB, gradient, b, c, n, lane, active);
         } else {
           exchange_put(mine, gradient);
         }
@@ -263,7 +329,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
           sum += __shfl_xor_sync(kAllLanes, sum, 8);
           sum += __shfl_xor_sync(kAllLanes, sum, 16);
           if (active && lane <= j % kBackwardStage) {
-            atomicAdd(&args.dA.at(0, c, n - j % kBackwardStage + slot), sum);
+            const int of = n - j % kBackwardStage + slot;
+            args.add(&args.dA.at(0, c, of), args.parts.dA, args.place(b, c, in.d_state) + of, sum);
           }
           __syncwarp();
         }
@@ -291,14 +358,32 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
             }
             // v = (dB or dC, steps 0-3 or 4-7 of a lane, lane)
             const std::int64_t t = t0 + v % kWarp * kItems + v / kWarp % 2 * 4;
-            float* const at = to.data + (first_row + n) * in.length + t;
+            if (args.ordered()) {
+              // Offsets are computed here each time: over the loop they would take registers.
+              const int tiles = recomputed(last_tile - first_tile);
+              const int ctas = recomputed(static_cast<int>(gridDim.x)) / blocks;
+              const std::int64_t rows = static_cast<std::int64_t>(ctas) * in.d_state;
+              const std::int64_t block = recomputed(static_cast<int>(blockIdx.x)) % blocks;
+              store_vector<4>((is_c ? args.parts.dC : args.parts.dB) +
+                                  ((block * rows + first_row + n) * tiles - first_tile) *
+                                      static_cast<std::int64_t>(kCheckpointInterval) +
+                                  t,
+                              sum);
+              continue;
+            }
+            const int step = SCOPE != Scope::plain ? to.step : 1;
+            float* const at = to.data + (first_row + n) * in.length + t * step;
             if (to.vectorize && t < in.length) {
-              atomic_add4(at, sum[0], sum[1], sum[2], sum[3]);
+              if (step > 0) {
+                atomic_add4(at, sum[0], sum[1], sum[2], sum[3]);
+              } else {
+                atomic_add4(at - 3, sum[3], sum[2], sum[1], sum[0]);
+              }
             } else {
 #pragma unroll
               for (int i = 0; i < 4; ++i) {
                 if (t + i < in.length) {
-                  atomicAdd(at + i, sum[i]);
+                  atomicAdd(at + i * step, sum[i]);
                 }
               }
             }
@@ -308,8 +393,14 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
       }
       if (lane < states) {
         carries[n0 + lane] = carry;
+        if (args.ordered() && tile == first_tile && active) {
+          args.parts.adjoint[args.place(b, c, in.d_state) + n0 + lane] = carry;
+        }
         if (tile == 0 && active && args.dinitial_state.data != nullptr) {
-          args.dinitial_state.at(b, c, n0 + lane) = carry;
+          const int to = in.sequences.entering(b, 0);
+          if (to >= 0) {
+            args.dinitial_state.at(to, c, n0 + lane) = carry;
+          }
         }
       }
     }
@@ -322,8 +413,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
     const float bias = in.delta_bias.get(0, row, 0);
     const float skip = in.D.get(0, row, 0);
     float u[kItems], raw_delta[kItems], out[kItems];
-    in.u.load(b, row, start, exist).floats(u);
-    in.delta.load(b, row, start, exist).floats(raw_delta);
+    in.u.read(b, row, start, exist, u);
+    in.delta.read(b, row, start, exist, raw_delta);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       out[i] = fmaf(sum_qb[i], delta[i], skip * g[i]);
@@ -340,8 +431,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
     args.ddelta.store(b, row, start, exist, out);
     if (in.z.data != nullptr) {
       float z[kItems], dout[kItems];
-      in.z.load(b, row, start, exist).floats(z);
-      args.dout.load(b, row, start, exist).floats(dout);
+      in.z.read(b, row, start, exist, z);
+      args.dout.read(b, row, start, exist, dout);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         out[i] = dout[i] * fmaf(skip, u[i], y[i]) * fast_silu_grad(z[i]);
@@ -354,95 +445,131 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
   sum_dbias = warp_sum(sum_dbias);
   if (active && lane == 0) {
     if (args.dD.data != nullptr) {
-      atomicAdd(&args.dD.at(0, c, 0), sum_dD);
+      args.add(&args.dD.at(0, c, 0), args.parts.dD, args.place(b, c, 1), sum_dD);
     }
     if (args.ddelta_bias.data != nullptr) {
-      atomicAdd(&args.ddelta_bias.at(0, c, 0), sum_dbias);
+      args.add(&args.ddelta_bias.at(0, c, 0), args.parts.ddelta_bias, args.place(b, c, 1),
+               sum_dbias);
     }
   }
-}
-
-template <class T>
-using BackwardKernel = void (*)(BackwardArgs<T>);
-
-// The kernels of kBackwardConfigs, row by row.
-template <class T, std::size_t... I>
-BackwardKernel<T> find_backward_kernel(int index, std::index_sequence<I...>) {
-  static constexpr BackwardKernel<T> kKernels[] = {
-      &scan_backward<T, kBackwardConfigs[I].warps, kBackwardConfigs[I].blocks>...};
-  return kKernels[index];
 }
 
 inline CoefficientGradient coefficient_gradient(const TensorView& tensor, std::int64_t length) {
   CoefficientGradient out;
   out.data = tensor.as<float>();
   out.constant = tensor.dim == 2;
-  out.vectorize = length % 4 == 0 && reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0;
+  out.step = !out.constant && tensor.stride[3] < 0 ? -1 : 1;
+  const float* const lowest = out.step > 0 ? out.data : out.data - 3;
+  out.vectorize = length % 4 == 0 && reinterpret_cast<std::uintptr_t>(lowest) % 16 == 0;
   return out;
 }
 
-// Any (D, N) or (D) view, or a contiguous one of any shape.
-inline Matrix matrix(const TensorView& tensor) {
-  Matrix out;
-  if (!tensor.present()) {
-    return out;
-  }
-  out.data = tensor.as<float>();
-  out.rows = tensor.dim == 4 ? 1 : tensor.size[0];
-  out.columns = tensor.numel() / out.rows;
-  out.row = tensor.stride[0];
-  out.column = tensor.dim == 2 ? tensor.stride[1] : 1;
-  return out;
-}
+// params are in the order of the scan, and the sums are cleared.
+template <class T, std::size_t I>
+void launch_backward(const BackwardParams& params, const Problem& problem, const Parts& parts) {
+  constexpr BackwardConfig kConfig = kBackwardConfigs[I];
+  constexpr Scope kScope = kConfig.scope;
+  BackwardArgs<T, kScope> args;
+  args.in = device_inputs<T, kScope>(params.in, problem.groups);
+  args.dout = sequence<const T, kScope>(params.dout);
+  args.dlast_state = weights<const float>(params.dlast_state);
+  args.checkpoints = params.checkpoints.as<const float>();
+  args.du = sequence<T, kScope>(params.du);
+  args.ddelta = sequence<T, kScope>(params.ddelta);
+  args.dz = sequence<T, kScope>(params.dz);
+  args.dA = weights<float>(params.dA);
+  args.dD = weights<float>(params.dD);
+  args.ddelta_bias = weights<float>(params.ddelta_bias);
+  args.dinitial_state = weights<float>(params.dinitial_state);
+  args.parts = parts;
+  args.dB = coefficient_gradient(params.dB, problem.length);
+  args.dC = coefficient_gradient(params.dC, problem.length);
 
-inline void clear_sums(const BackwardParams& params, cudaStream_t stream) {
-  constexpr int kThreads = 256;
-  constexpr std::int64_t kMostBlocks = 1024;
-  const Matrices matrices{{matrix(params.dA), matrix(params.dB), matrix(params.dC),
-                           matrix(params.dD), matrix(params.ddelta_bias)}};
-  std::int64_t elements = 0;
-  for (const Matrix& each : matrices.all) {
-    elements = each.rows * each.columns > elements ? each.rows * each.columns : elements;
-  }
-  const std::int64_t blocks = ceil_div(elements, kThreads);
-  const dim3 grid(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kCleared);
-  clear<<<grid, kThreads, 0, stream>>>(matrices);
+  constexpr auto kKernel = &scan_backward<T, kScope, kConfig.warps, kConfig.blocks>;
+  const int shared = static_cast<int>(backward_shared_memory(kConfig.warps, problem.d_state));
+  mamba_native::cuda::allow_shared_memory(kKernel, shared);
+  const std::int64_t blocks =
+      problem.groups * ceil_div(problem.channels_per_group(), kConfig.warps);
+  kKernel<<<static_cast<unsigned>(count(problem.batch * blocks)), kConfig.warps * kWarp, shared,
+            static_cast<cudaStream_t>(params.stream)>>>(args);
   MAMBA_CUDA_CHECK_LAUNCH();
+}
+
+// The rows of kBackwardConfigs.
+template <class T, std::size_t... I>
+void launch_backward_row(int row, const BackwardParams& params, const Problem& problem,
+                         const Parts& parts, std::index_sequence<I...>) {
+  using Launch = void (*)(const BackwardParams&, const Problem&, const Parts&);
+  static constexpr Launch kRows[] = {&launch_backward<T, I>...};
+  kRows[row](params, problem, parts);
+}
+
+// Segment by segment, last one first, then the sums over the batch.
+template <class T>
+void launch_ordered(int row, const BackwardParams& params, const Problem& problem) {
+  const OrderedWorkspace workspace = ordered_workspace(problem, kBackwardConfigs[row]);
+  Parts parts;
+  parts.dD = params.workspace.as<float>();
+  parts.ddelta_bias = parts.dD + workspace.channel_sums;
+  parts.dA = parts.ddelta_bias + workspace.channel_sums;
+  parts.adjoint = parts.dA + workspace.state_sums;
+  parts.dB = parts.adjoint + workspace.state_sums;
+  parts.dC = parts.dB + (workspace.varying_B ? 0 : workspace.state_sums);
+  MAMBA_CUDA_CHECK(cudaMemsetAsync(params.workspace.data, 0,
+                                   static_cast<std::size_t>(workspace.fixed()) * sizeof(float),
+                                   static_cast<cudaStream_t>(params.stream)));
+  float* const varying = params.workspace.as<float>() + workspace.fixed();
+
+  const int tiles = count(problem.tiles());
+  const int segment =
+      static_cast<int>(std::min<std::int64_t>(tiles, workspace.tiles(params.workspace.numel())));
+  for (int last = tiles; last > 0; last = parts.first_tile) {
+    parts.last_tile = last;
+    parts.first_tile = last > segment ? last - segment : 0;
+    const std::int64_t steps = (parts.last_tile - parts.first_tile) * kCheckpointInterval;
+    const std::int64_t begin = parts.first_tile * kCheckpointInterval;
+    const std::int64_t end = std::min(problem.length, begin + steps);
+    if (workspace.varying_B) {
+      parts.dB = varying;
+    }
+    if (workspace.varying_C) {
+      parts.dC = varying + workspace.tile * (parts.last_tile - parts.first_tile);
+    }
+    launch_backward_row<T>(row, params, problem, parts,
+                           std::make_index_sequence<kBackwardConfigCount>());
+    if (workspace.varying_B) {
+      sum_over_blocks(params.dB, parts.dB, workspace.blocks, steps, begin, end, params.stream);
+    }
+    if (workspace.varying_C) {
+      sum_over_blocks(params.dC, parts.dC, workspace.blocks, steps, begin, end, params.stream);
+    }
+  }
+  sum_over_batch(params.dA, parts.dA, problem.batch, params.stream);
+  sum_over_batch(params.dD, parts.dD, problem.batch, params.stream);
+  sum_over_batch(params.ddelta_bias, parts.ddelta_bias, problem.batch, params.stream);
+  if (!workspace.varying_B) {
+    sum_over_batch(params.dB, parts.dB, problem.batch, params.stream);
+  }
+  if (!workspace.varying_C) {
+    sum_over_batch(params.dC, parts.dC, problem.batch, params.stream);
+  }
 }
 
 template <class Host>
 void backward(const BackwardParams& params) {
   using T = mamba_native::cuda::DeviceType<Host>;
-  const Problem problem = problem_of(params.in);
-  const int index = choose_backward(
+  const Problem problem = problem_of(params);
+  const int row = choose_backward(
       problem, mamba_native::cuda::device_info(params.in.u.device.index), params.config);
-  const BackwardConfig& config = kBackwardConfigs[index];
-  const cudaStream_t stream = static_cast<cudaStream_t>(params.stream);
-
-  BackwardArgs<T> args;
-  args.in = device_inputs<T>(params.in, problem.groups);
-  args.dout = sequence<const T>(params.dout);
-  args.dlast_state = weights<const float>(params.dlast_state);
-  args.checkpoints = params.checkpoints.as<const float>();
-  args.du = sequence<T>(params.du);
-  args.ddelta = sequence<T>(params.ddelta);
-  args.dz = sequence<T>(params.dz);
-  args.dA = weights<float>(params.dA);
-  args.dD = weights<float>(params.dD);
-  args.ddelta_bias = weights<float>(params.ddelta_bias);
-  args.dinitial_state = weights<float>(params.dinitial_state);
-  args.dB = coefficient_gradient(params.dB, problem.length);
-  args.dC = coefficient_gradient(params.dC, problem.length);
-
-  clear_sums(params, stream);
-  const BackwardKernel<T> kernel =
-      find_backward_kernel<T>(index, std::make_index_sequence<kBackwardConfigCount>());
-  const int shared = static_cast<int>(backward_shared_memory(config.warps, problem.d_state));
-  mamba_native::cuda::allow_shared_memory(kernel, shared);
-  const std::int64_t blocks = problem.groups * ceil_div(problem.channels_per_group(), config.warps);
-  kernel<<<static_cast<unsigned>(count(problem.batch * blocks)), config.warps * kWarp, shared,
-           stream>>>(args);
-  MAMBA_CUDA_CHECK_LAUNCH();
+  if (params.deterministic) {
+    launch_ordered<T>(row, in_scan_order(params), problem);
+    return;
+  }
+  clear({params.dA, params.dB, params.dC, params.dD, params.ddelta_bias}, params.stream);
+  Parts none;
+  none.last_tile = count(problem.tiles());
+  launch_backward_row<T>(row, in_scan_order(params), problem, none,
+                         std::make_index_sequence<kBackwardConfigCount>());
 }
 
 }  // namespace mamba_native::selective_scan::cuda

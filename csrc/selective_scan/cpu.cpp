@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "core/math.h"
 #include "core/parallel_for.h"
+#include "selective_scan/scan_order.h"
 
 namespace mamba_native::selective_scan::cpu {
 namespace {
@@ -142,24 +143,47 @@ float* address(const TensorView& tensor, std::int64_t i, std::int64_t j) {
   return tensor.as<float>() + i * tensor.stride[0] + j * tensor.stride[1];
 }
 
-// Adds the slices' parts of dB or dC for one segment, in the slices' order.
+// What sequences without steps leave; kernels overwrite the rows of the others.
+void copy_states(const TensorView& to, const TensorView& from) {
+  for (std::int64_t row = 0; to.present() && row < to.size[0]; ++row) {
+    for (std::int64_t d = 0; d < to.size[1]; ++d) {
+      for (std::int64_t n = 0; n < to.size[2]; ++n) {
+        address(to, row, d)[n * to.stride[2]] =
+            from.present() ? address(from, row, d)[n * from.stride[2]] : 0.0f;
+      }
+    }
+  }
+}
+
+// Whether a state's row may have no step.
+bool has_empty_rows(const Inputs& in) { return in.sequences > 0 || in.u.size[2] == 0; }
+
+// Adds the slices' parts of dB or dC for one segment, in the slices' order. `to` is contiguous but
+// for the direction of time.
 void add_parts(const TensorView& to, const Slices& slices, const std::vector<float>& parts,
                std::int64_t begin, std::int64_t end) {
   const std::int64_t states = to.size[2];
   const std::int64_t length = to.size[3];
+  const std::int64_t time = to.stride[3];  // 1, or -1 in a reverse scan
   const std::int64_t part_steps = ceil_div(end - begin, kCheckpointInterval) * kCheckpointInterval;
   parallel_for(to.size[0] * to.size[1] * states, grain(slices.per_group() * (end - begin)),
                [&](std::int64_t first, std::int64_t last) {
+                 std::vector<float> sum(static_cast<std::size_t>(end - begin));
                  for (std::int64_t row = first; row < last; ++row) {
-                   float* sum = to.as<float>() + row * length + begin;
-                   std::fill(sum, sum + (end - begin), 0.0f);
+                   std::fill(sum.begin(), sum.end(), 0.0f);
                    for (std::int64_t s = 0; s < slices.per_group(); ++s) {
                      const std::int64_t slice = row / states * slices.per_group() + s;
                      const float* part =
                          parts.data() + (slice * states + row % states) * part_steps;
                      for (std::int64_t t = 0; t < end - begin; ++t) {
-                       sum[t] += part[t];
+                       sum[static_cast<std::size_t>(t)] += part[t];
                      }
+                   }
+                   float* const at = to.as<float>() + row * length + begin * time;
+                   if (time > 0) {
+                     std::copy(sum.begin(), sum.end(), at);
+                   } else {
+                     std::reverse_copy(sum.begin(), sum.end(), at - (end - begin - 1));
                    }
                  }
                });
@@ -167,7 +191,11 @@ void add_parts(const TensorView& to, const Slices& slices, const std::vector<flo
 
 }  // namespace
 
-void forward(const ForwardParams& params, Isa isa) {
+void forward(const ForwardParams& given, Isa isa) {
+  const ForwardParams params = in_scan_order(given);
+  if (has_empty_rows(params.in)) {
+    copy_states(params.last_state, params.in.initial_state);
+  }
   if (isa == Isa::plain) {
     plain::forward(params);
     return;
@@ -185,10 +213,14 @@ void forward(const ForwardParams& params, Isa isa) {
   });
 }
 
-void backward(const BackwardParams& params, Isa isa) {
+void backward(const BackwardParams& given, Isa isa) {
   if (isa == Isa::plain) {
-    plain::backward(params);
+    plain::backward(given);
     return;
+  }
+  const BackwardParams params = in_scan_order(given);
+  if (has_empty_rows(params.in)) {
+    copy_states(params.dinitial_state, params.dlast_state);
   }
   const Kernels& kernels = kernels_of(isa);
   const Inputs& in = params.in;
@@ -198,18 +230,6 @@ void backward(const BackwardParams& params, Isa isa) {
   const std::int64_t states = in.A.size[1];
   const Slices slices(in, kernels.lanes, kBackwardSlices);
   Quantities quantities(slices, kernels.lanes, states);
-
-  if (params.dlast_state.present()) {
-    parallel_for(batch * channels, grain(states), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t b = i / channels, d = i % channels;
-        const float* from = address(params.dlast_state, b, d);
-        for (std::int64_t n = 0; n < states; ++n) {
-          quantities.at(kCarry, b, d, n) = from[n * params.dlast_state.stride[2]];
-        }
-      }
-    });
-  }
 
   // Backwards through time, a segment at a time: the partial sums of one segment bound the memory.
   const bool varying_B = in.B.dim == 4;
@@ -254,7 +274,7 @@ void backward(const BackwardParams& params, Isa isa) {
     }
   }
 
-  // Sums over the batch, in its order, and the gradient that is left at the beginning of time.
+  // Sums over the batch, in its order.
   parallel_for(channels, grain(batch * states), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t d = begin; d < end; ++d) {
       for (std::int64_t n = 0; n < states; ++n) {
@@ -263,10 +283,6 @@ void backward(const BackwardParams& params, Isa isa) {
           dA += quantities.at(kSumA, b, d, n);
           dB += quantities.at(kSumB, b, d, n);
           dC += quantities.at(kSumC, b, d, n);
-          if (params.dinitial_state.present()) {
-            address(params.dinitial_state, b, d)[n * params.dinitial_state.stride[2]] =
-                quantities.at(kCarry, b, d, n);
-          }
         }
         *address(params.dA, d, n) = dA;
         if (!varying_B) {

@@ -11,7 +11,8 @@ namespace mamba_native::selective_scan::cpu {
 
 using mamba_native::cpu::Isa;
 
-// Parallel over slices: see Slice. Results depend on the instruction set, never on the threads.
+// Parallel over slices: see Slice. Kernels get views in the order of the scan: `reverse` is a
+// negative stride to them. Results depend on the instruction set, never on the threads.
 void forward(const ForwardParams& params, Isa isa = mamba_native::cpu::current_isa());
 void backward(const BackwardParams& params, Isa isa = mamba_native::cpu::current_isa());
 

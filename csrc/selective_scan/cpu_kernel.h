@@ -18,6 +18,7 @@
 #include "core/cpu/simd.h"
 #include "core/math.h"
 #include "selective_scan/cpu.h"
+#include "selective_scan/sequences.h"
 
 namespace mamba_native::selective_scan::cpu {
 
@@ -84,18 +85,19 @@ void load_tile(const T* from, std::int64_t channel, std::int64_t time, int chann
   using Square = SquareArch<Arch>;
   constexpr int kSide = kLanes<Square>;
   int t = 0;
-  if (time == 1) {
+  if (time == 1 || time == -1) {
     for (; t + kSide <= steps; t += kSide) {
+      const int lowest = time == 1 ? t : -t - (kSide - 1);  // where the square lies in memory
       for (int first = 0; first < kWidth; first += kSide) {
         Vec<Square> rows[kSide];
         for (int i = 0; i < kSide; ++i) {
           rows[i] = first + i < channels
-                        ? mamba_native::cpu::load<Square>(from + (first + i) * channel + t)
+                        ? mamba_native::cpu::load<Square>(from + (first + i) * channel + lowest)
                         : Vec<Square>(0.0f);
         }
         xsimd::transpose(rows, rows + kSide);
         for (int i = 0; i < kSide; ++i) {
-          rows[i].store_unaligned(to + (t + i) * kWidth + first);
+          rows[i].store_unaligned(to + (t + (time == 1 ? i : kSide - 1 - i)) * kWidth + first);
         }
       }
     }
@@ -121,17 +123,19 @@ void store_tile(T* to, std::int64_t channel, std::int64_t time, int channels, in
   using Square = SquareArch<Arch>;
   constexpr int kSide = kLanes<Square>;
   int t = 0;
-  if (time == 1) {
+  if (time == 1 || time == -1) {
     for (; t + kSide <= steps; t += kSide) {
+      const int lowest = time == 1 ? t : -t - (kSide - 1);
       for (int first = 0; first < channels; first += kSide) {
         Vec<Square> rows[kSide];
         for (int i = 0; i < kSide; ++i) {
-          rows[i] = Vec<Square>::load_unaligned(from + (t + i) * kWidth + first);
+          const int step = t + (time == 1 ? i : kSide - 1 - i);
+          rows[i] = Vec<Square>::load_unaligned(from + step * kWidth + first);
         }
         xsimd::transpose(rows, rows + kSide);
         for (int i = 0; i < kSide; ++i) {
           if (first + i < channels) {
-            mamba_native::cpu::store<Square>(to + (first + i) * channel + t, rows[i]);
+            mamba_native::cpu::store<Square>(to + (first + i) * channel + lowest, rows[i]);
           }
         }
       }
@@ -148,6 +152,17 @@ void store_tile(T* to, std::int64_t channel, std::int64_t time, int channels, in
   }
 }
 
+struct LastFirst {
+  static constexpr std::uint32_t get(std::uint32_t lane, std::uint32_t lanes) {
+    return lanes - 1 - lane;
+  }
+};
+
+template <class Arch>
+MAMBA_ALWAYS_INLINE Vec<Arch> reversed(Vec<Arch> value) {
+  return xsimd::swizzle(value, xsimd::make_batch_constant<std::uint32_t, LastFirst, Arch>());
+}
+
 // to[state][step], STEPS to a row = from[state * row + step * time]; zero for further steps up to a
 // multiple of kLanes.
 template <class Arch, int STEPS, class T>
@@ -159,6 +174,11 @@ void load_rows(const T* from, std::int64_t row, std::int64_t time, std::int64_t 
     if (time == 1) {
       for (; t + kWidth <= steps; t += kWidth) {
         mamba_native::cpu::load<Arch>(from + t).store_unaligned(to + t);
+      }
+    } else if (time == -1) {
+      for (; t + kWidth <= steps; t += kWidth) {
+        reversed<Arch>(mamba_native::cpu::load<Arch>(from - t - (kWidth - 1)))
+            .store_unaligned(to + t);
       }
     }
     for (; t < steps; ++t) {
@@ -243,6 +263,28 @@ void scatter(float* to, std::int64_t channel, std::int64_t step, int channels, s
     for (int c = 0; c < channels; ++c) {
       to[c * channel + n * step] = from[n * kLanes<Arch> + c];
     }
+  }
+}
+
+// States of a block of channels, a row of a (B or S, D, N) view: zero where the view or the row is
+// absent, and no store there.
+template <class Arch>
+void load_states(const TensorView& view, std::int64_t row, std::int64_t first, int channels,
+                 std::int64_t states, float* to) {
+  if (view.dim >= 0 && row >= 0) {
+    gather<Arch>(at<Arch, const float>(view, {row, first, 0}), view.stride[1], view.stride[2],
+                 channels, states, to);
+  } else {
+    gather<Arch>(nullptr, 0, 0, 0, states, to);
+  }
+}
+
+template <class Arch>
+void store_states(const TensorView& view, std::int64_t row, std::int64_t first, int channels,
+                  std::int64_t states, const float* from) {
+  if (view.dim >= 0 && row >= 0) {
+    scatter<Arch>(at<Arch, float>(view, {row, first, 0}), view.stride[1], view.stride[2], channels,
+                  states, from);
   }
 }
 
@@ -367,6 +409,7 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
   const bool gated = in.z.dim >= 0;
   const ForwardStates run = forward_states_for<Arch, kForwardStates>(varying_B, varying_C);
   const ForwardStates run_one = forward_states_for<Arch, 1>(varying_B, varying_C);
+  const Sequences sequences(in, slice.batch);
 
   Arena<Arch> arena(scratch);
   float* const rows_B = arena.take(states * kForwardSteps);
@@ -385,13 +428,6 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
         static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
     float* const block = blocks + done / kWidth * kBlockArrays * block_floats;
     BlockConstants<Arch>(block, states).load(in, first, channels, states);
-    float* const h = block + BlockConstants<Arch>::kArrays * block_floats;
-    if (in.initial_state.dim >= 0) {
-      gather<Arch>(at<Arch, const float>(in.initial_state, {slice.batch, first, 0}),
-                   in.initial_state.stride[1], in.initial_state.stride[2], channels, states, h);
-    } else {
-      gather<Arch>(nullptr, 0, 0, 0, states, h);
-    }
   }
 
   for (std::int64_t start = 0; start < length; start += kForwardSteps) {
@@ -411,6 +447,9 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
       float* const block = blocks + done / kWidth * kBlockArrays * block_floats;
       const BlockConstants<Arch> constants(block, states);
       float* const h = block + BlockConstants<Arch>::kArrays * block_floats;
+      if (start == 0) {
+        load_states<Arch>(in.initial_state, sequences.entering(0), first, channels, states, h);
+      }
       if (start % kCheckpointInterval == 0) {
         const TensorView& to = params.checkpoints;
         scatter<Arch>(static_cast<float*>(to.data) + slice.batch * to.stride[0] +
@@ -437,14 +476,27 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
       const std::int64_t stride_C = projection_stride<Arch, kForwardSteps>(in.C);
       const float* const b = varying_B ? rows_B : constants.b;
       const float* const c = varying_C ? rows_C : constants.c;
-      std::int64_t n = 0;
-      for (; n + kForwardStates <= states; n += kForwardStates) {
-        run(steps, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, delta, x, y,
-            h + n * kWidth);
-      }
-      for (; n < states; ++n) {
-        run_one(steps, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, delta, x, y,
-                h + n * kWidth);
+      // The part of each sequence that lies in the tile.
+      for (std::int64_t begin = start, end; begin < start + steps; begin = end) {
+        end = sequences.end_of(begin, start + steps);
+        if (begin > 0 && sequences.begins(begin)) {
+          load_states<Arch>(in.initial_state, sequences.entering(begin), first, channels, states,
+                            h);
+        }
+        const int from = static_cast<int>(begin - start);
+        const int count = static_cast<int>(end - begin);
+        for (std::int64_t n = 0; n < states;) {
+          const bool several = n + kForwardStates <= states;
+          (several ? run : run_one)(
+              count, constants.a + n * kWidth, b + n * stride_B + (varying_B ? from : 0),
+              c + n * stride_C + (varying_C ? from : 0), delta + from * kWidth, x + from * kWidth,
+              y + from * kWidth, h + n * kWidth);
+          n += several ? kForwardStates : 1;
+        }
+        if (sequences.ends(end - 1)) {
+          store_states<Arch>(params.last_state, sequences.leaving(end - 1), first, channels, states,
+                             h);
+        }
       }
 
       if (gated) {
@@ -457,21 +509,12 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
       store_tile<Arch>(params.out, place, channels, steps, y);
     }
   }
-
-  for (std::int64_t done = 0; done < slice.count; done += kWidth) {
-    const int channels =
-        static_cast<int>(slice.count - done < kWidth ? slice.count - done : kWidth);
-    const TensorView& to = params.last_state;
-    scatter<Arch>(
-        at<Arch, float>(to, {slice.batch, slice.first + done, 0}), to.stride[1], to.stride[2],
-        channels, states,
-        blocks + (done / kWidth * kBlockArrays + BlockConstants<Arch>::kArrays) * block_floats);
-  }
 }
 
 // ---- backward ----
 
 // One tile of one block in backward: [step][lane], but for the last two.
+template <class Arch>
 struct BackwardTile {
   float* u;
   float* delta;
@@ -482,6 +525,13 @@ struct BackwardTile {
   float* sum_qAa;  // q A' exp(delta A) h[t-1], summed over states; in the end ddelta
   float* history;  // of the states in turn: h[t-1] and h[t], [state][step + 1][lane]
   float* decays;   // of the states in turn: exp(delta A), [state][step][lane]
+
+  // From a step on. history and decays are scratch and stay.
+  MAMBA_ALWAYS_INLINE BackwardTile from(std::int64_t step) const {
+    const std::int64_t floats = step * kLanes<Arch>;
+    return {u + floats,      delta + floats,   x + floats, g + floats, y + floats,
+            sum_qB + floats, sum_qAa + floats, history,    decays};
+  }
 };
 
 // to[i] += the sum over lanes of row i, for kLanes rows of [lane].
@@ -502,14 +552,31 @@ MAMBA_ALWAYS_INLINE void add_lane_sums(const float* rows, float* to) {
   }
 }
 
+// The same for the first `count` rows: what follows belongs to another sequence.
+template <class Arch>
+MAMBA_ALWAYS_INLINE void add_lane_sums(float* rows, int count, float* to) {
+  if (count == kLanes<Arch>) {
+    add_lane_sums<Arch>(rows, to);
+    return;
+  }
+  for (int i = count * kLanes<Arch>; i < kLanes<Arch> * kLanes<Arch>; ++i) {
+    rows[i] = 0.0f;
+  }
+  alignas(64) float sums[kLanes<Arch>] = {};
+  add_lane_sums<Arch>(rows, sums);
+  for (int i = 0; i < count; ++i) {
+    to[i] += sums[i];
+  }
+}
+
 // Recomputes the states of the tile from `h`, the state that enters it, then walks back through it:
 //   q[t]  = C[t] g[t] + carry,  carry <- exp(delta[t] A) q[t]
 //   dC[t] = g h[t],  dB[t] = x q[t],  summed over channels
 // `quantities` are the block's, at the first of these states; dB and dC rows have `row` floats.
 template <class Arch, int STATES, bool VARYING_B, bool VARYING_C>
 void backward_states(int steps, const float* a, const float* b, const float* c, const float* h,
-                     const BackwardTile& tile, float* quantities, std::int64_t quantity_floats,
-                     float* dB, float* dC, std::int64_t row) {
+                     const BackwardTile<Arch>& tile, float* quantities,
+                     std::int64_t quantity_floats, float* dB, float* dC, std::int64_t row) {
   using V = Vec<Arch>;
   constexpr int kWidth = kLanes<Arch>;
   constexpr int kHistory = (kBackwardSteps + 1) * kWidth + Arena<Arch>::kLine;
@@ -549,7 +616,8 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
   for (int start = (steps - 1) / kWidth * kWidth; start >= 0; start -= kWidth) {
     alignas(64) float rows_B[STATES][kWidth * kWidth];
     alignas(64) float rows_C[STATES][kWidth * kWidth];
-    for (int i = kWidth - 1; i >= 0; --i) {
+    const int count = steps - start < kWidth ? steps - start : kWidth;
+    for (int i = count - 1; i >= 0; --i) {
       const int t = start + i;
       const V delta = V::load_unaligned(tile.delta + t * kWidth);
       const V x = V::load_unaligned(tile.x + t * kWidth);
@@ -580,10 +648,10 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
     }
     for (int k = 0; k < STATES; ++k) {
       if constexpr (VARYING_B) {
-        add_lane_sums<Arch>(rows_B[k], dB + k * row + start);
+        add_lane_sums<Arch>(rows_B[k], count, dB + k * row + start);
       }
       if constexpr (VARYING_C) {
-        add_lane_sums<Arch>(rows_C[k], dC + k * row + start);
+        add_lane_sums<Arch>(rows_C[k], count, dC + k * row + start);
       }
     }
   }
@@ -602,7 +670,7 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
 // Fills a tile from the inputs, its sums with what does not depend on the state.
 template <class Arch>
 void load_backward_tile(const BackwardParams& params, const Place& place, int channels, int steps,
-                        int padded, const BackwardTile& tile) {
+                        int padded, const BackwardTile<Arch>& tile) {
   using V = Vec<Arch>;
   constexpr int kWidth = kLanes<Arch>;
   const Inputs& in = params.in;
@@ -640,7 +708,7 @@ void load_backward_tile(const BackwardParams& params, const Place& place, int ch
 // delta before softplus, then z and dout.
 template <class Arch>
 void store_backward_tile(const BackwardParams& params, const Place& place, int channels, int steps,
-                         const BackwardTile& tile, float* lane_sums) {
+                         const BackwardTile<Arch>& tile, float* lane_sums) {
   using V = Vec<Arch>;
   constexpr int kWidth = kLanes<Arch>;
   const Inputs& in = params.in;
@@ -685,13 +753,14 @@ void store_backward_tile(const BackwardParams& params, const Place& place, int c
   }
 }
 
+template <class Arch>
 using BackwardStates = void (*)(int steps, const float* a, const float* b, const float* c,
-                                const float* h, const BackwardTile& tile, float* quantities,
+                                const float* h, const BackwardTile<Arch>& tile, float* quantities,
                                 std::int64_t quantity_floats, float* dB, float* dC,
                                 std::int64_t row);
 
 template <class Arch, int STATES>
-BackwardStates backward_states_for(bool varying_B, bool varying_C) {
+BackwardStates<Arch> backward_states_for(bool varying_B, bool varying_C) {
   if (varying_B) {
     return varying_C ? &backward_states<Arch, STATES, true, true>
                      : &backward_states<Arch, STATES, true, false>;
@@ -722,15 +791,16 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
   const std::int64_t length = in.u.size[2];
   const bool varying_B = in.B.dim == 4;
   const bool varying_C = in.C.dim == 4;
-  const BackwardStates run = backward_states_for<Arch, kBackwardStates>(varying_B, varying_C);
-  const BackwardStates run_one = backward_states_for<Arch, 1>(varying_B, varying_C);
+  const BackwardStates<Arch> run = backward_states_for<Arch, kBackwardStates>(varying_B, varying_C);
+  const BackwardStates<Arch> run_one = backward_states_for<Arch, 1>(varying_B, varying_C);
+  const Sequences sequences(in, slice.batch);
   const std::int64_t row = (segment.last_tile - segment.first_tile) * kBackwardSteps;
   const std::int64_t block_floats = states * kWidth;
 
   Arena<Arch> arena(scratch);
   float* const rows_B = arena.take(states * kBackwardSteps);
   float* const rows_C = arena.take(states * kBackwardSteps);
-  BackwardTile tile;
+  BackwardTile<Arch> tile;
   tile.u = arena.take(kTile);
   tile.delta = arena.take(kTile);
   tile.x = arena.take(kTile);
@@ -773,24 +843,47 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
           blocks + done / kWidth * BlockConstants<Arch>::kArrays * block_floats, states);
       float* const block_quantities = quantities + done * (kQuantities * states + kLaneSums);
       load_backward_tile<Arch>(params, place, channels, steps, padded, tile);
-      const TensorView& from = params.checkpoints;
-      gather<Arch>(static_cast<const float*>(from.data) + slice.batch * from.stride[0] +
-                       first * from.stride[1] + k * states,
-                   from.stride[1], 1, channels, states, h);
-
       const std::int64_t stride_B = projection_stride<Arch, kBackwardSteps>(in.B);
       const std::int64_t stride_C = projection_stride<Arch, kBackwardSteps>(in.C);
       const float* const b = varying_B ? rows_B : constants.b;
       const float* const c = varying_C ? rows_C : constants.c;
       float* const dB = varying_B ? segment.dB + in_segment : nullptr;
       float* const dC = varying_C ? segment.dC + in_segment : nullptr;
-      for (std::int64_t n = 0; n < states;) {
-        const bool several = n + kBackwardStates <= states;
-        (several ? run : run_one)(
-            padded, constants.a + n * kWidth, b + n * stride_B, c + n * stride_C, h + n * kWidth,
-            tile, block_quantities + n * kWidth, block_floats, varying_B ? dB + n * row : nullptr,
-            varying_C ? dC + n * row : nullptr, row);
-        n += several ? kBackwardStates : 1;
+      // The part of each sequence that lies in the tile, last part first.
+      float* const carry = block_quantities + kCarry * block_floats;
+      for (std::int64_t end = start + steps, begin; end > start; end = begin) {
+        begin = sequences.begin_of(end - 1, start);
+        const bool begins = sequences.begins(begin);
+        if (sequences.ends(end - 1)) {
+          load_states<Arch>(params.dlast_state, sequences.leaving(end - 1), first, channels, states,
+                            carry);
+        }
+        if (begins) {
+          load_states<Arch>(in.initial_state, sequences.entering(begin), first, channels, states,
+                            h);
+        } else {
+          const TensorView& stored = params.checkpoints;
+          gather<Arch>(static_cast<const float*>(stored.data) + slice.batch * stored.stride[0] +
+                           first * stored.stride[1] + k * states,
+                       stored.stride[1], 1, channels, states, h);
+        }
+        const std::int64_t from = begin - start;
+        // Steps beyond the end of time are inert, and whole vectors of steps are faster.
+        const int count = static_cast<int>(end == length ? padded - from : end - begin);
+        for (std::int64_t n = 0; n < states;) {
+          const bool several = n + kBackwardStates <= states;
+          (several ? run : run_one)(count, constants.a + n * kWidth,
+                                    b + n * stride_B + (varying_B ? from : 0),
+                                    c + n * stride_C + (varying_C ? from : 0), h + n * kWidth,
+                                    tile.from(from), block_quantities + n * kWidth, block_floats,
+                                    varying_B ? dB + n * row + from : nullptr,
+                                    varying_C ? dC + n * row + from : nullptr, row);
+          n += several ? kBackwardStates : 1;
+        }
+        if (begins) {
+          store_states<Arch>(params.dinitial_state, sequences.entering(begin), first, channels,
+                             states, carry);
+        }
       }
 
       store_backward_tile<Arch>(params, place, channels, steps, tile,

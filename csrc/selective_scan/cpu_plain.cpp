@@ -8,6 +8,7 @@
 #include "core/parallel_for.h"
 #include "selective_scan/cpu.h"
 #include "selective_scan/reference.h"
+#include "selective_scan/sequences.h"
 
 namespace mamba_native::selective_scan::cpu::plain {
 namespace {
@@ -39,6 +40,15 @@ Projection<T> projection(const TensorView& tensor, std::int64_t b, std::int64_t 
   return {row<T>(tensor, b, group), tensor.stride[2], tensor.stride[3]};
 }
 
+// The state that a sequence starts from: a row of `initial`, or 0 where it or the row is absent.
+void enter(const TensorView& initial, std::int64_t from, std::int64_t d, std::vector<float>& h) {
+  for (std::size_t n = 0; n < h.size(); ++n) {
+    h[n] = initial.present() && from >= 0
+               ? row<float>(initial, from, d)[static_cast<std::int64_t>(n) * initial.stride[2]]
+               : 0.0f;
+  }
+}
+
 template <class T, class TB, class TC>
 void forward_channel(const ForwardParams& params, std::int64_t b, std::int64_t d,
                      std::vector<float>& h) {
@@ -54,19 +64,22 @@ void forward_channel(const ForwardParams& params, std::int64_t b, std::int64_t d
   const Projection<TC> C = projection<TC>(in.C, b, d, in.u.size[1]);
   const float D = element(in.D, d, 0.0f);
   const float bias = element(in.delta_bias, d, 0.0f);
+  const Sequences sequences(in, b);
   float* state = h.data();
-  for (std::int64_t n = 0; n < states; ++n) {
-    state[n] = in.initial_state.present()
-                   ? row<float>(in.initial_state, b, d)[n * in.initial_state.stride[2]]
-                   : 0.0f;
-  }
   for (std::int64_t t = 0; t < length; ++t) {
+    const bool begins = sequences.begins(t);
+    if (begins && t == 0) {
+      enter(in.initial_state, sequences.entering(t), d, h);
+    }
     if (t % kCheckpointInterval == 0) {
       float* checkpoint = params.checkpoints.as<float>() + b * params.checkpoints.stride[0] +
                           d * params.checkpoints.stride[1] + t / kCheckpointInterval * states;
       for (std::int64_t n = 0; n < states; ++n) {
         checkpoint[n] = state[n];
       }
+    }
+    if (begins && t > 0) {
+      enter(in.initial_state, sequences.entering(t), d, h);
     }
     const float raw = to_float(delta_in[t * in.delta.stride[2]]) + bias;
     const float delta = in.delta_softplus ? softplus(raw) : raw;
@@ -82,11 +95,14 @@ void forward_channel(const ForwardParams& params, std::int64_t b, std::int64_t d
       y *= silu(to_float(z[t * in.z.stride[2]]));
     }
     out[t * params.out.stride[2]] = from_float<T>(y);
-  }
-  float* last = params.last_state.as<float>() + b * params.last_state.stride[0] +
-                d * params.last_state.stride[1];
-  for (std::int64_t n = 0; n < states; ++n) {
-    last[n * params.last_state.stride[2]] = state[n];
+    const std::int64_t leaving = sequences.ends(t) ? sequences.leaving(t) : -1;
+    if (leaving >= 0) {
+      float* last = params.last_state.as<float>() + leaving * params.last_state.stride[0] +
+                    d * params.last_state.stride[1];
+      for (std::int64_t n = 0; n < states; ++n) {
+        last[n * params.last_state.stride[2]] = state[n];
+      }
+    }
   }
 }
 

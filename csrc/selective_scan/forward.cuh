@@ -8,25 +8,26 @@
 
 #include "core/cuda/launch.h"
 #include "selective_scan/plan.h"
+#include "selective_scan/scan_order.h"
 #include "selective_scan/tensors.cuh"
 
 namespace mamba_native::selective_scan::cuda {
 
-template <class T>
+template <class T, Scope SCOPE>
 struct ForwardArgs {
-  DeviceInputs<T> in;
-  Sequence<T> out;
+  DeviceInputs<T, SCOPE> in;
+  Sequence<T, SCOPE> out;
   Weights<float> last_state;
   float* checkpoints;  // (B, D, tiles, N), contiguous
 };
 
 // y becomes y silu(z) where there is a z.
-template <class T>
-__device__ __forceinline__ void gate(const DeviceInputs<T>& in, const Items<T>& z,
+template <class T, Scope SCOPE>
+__device__ __forceinline__ void gate(const DeviceInputs<T, SCOPE>& in, const Items<T>& z,
                                      float (&y)[kItems]) {
   if (in.z.data != nullptr) {
     float values[kItems];
-    z.floats(values);
+    z.floats(values, in.z.mirrored());
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       y[i] *= fast_silu(values[i]);
@@ -60,24 +61,26 @@ struct SerialShape {
 };
 
 // One thread's part of the tile that is on its way from memory.
-template <class T, int LANES, int TILE>
+template <class T, Scope SCOPE, int LANES, int TILE>
 struct SerialLoads {
   using Shape = SerialShape<LANES, TILE>;
 
-  CoefficientRows<T> rows_b, rows_c;
+  CoefficientRows<T, SCOPE> rows_b, rows_c;
   int b, first_channel, block_channels;
   int row, column;
-  Items<T> u[Shape::kPasses], delta[Shape::kPasses], coefficients[Shape::kCoefficientPasses];
+  Items<T> u[Shape::kPasses], delta[Shape::kPasses];
+  Items<T> coefficients[Shape::kCoefficientPasses];
 
   __device__ __forceinline__ int channel(int pass) const {
     return first_channel + recomputed(row) + pass * Shape::kRowsPerPass;
   }
-  __device__ __forceinline__ int valid(const DeviceInputs<T>& in, int pass, std::int64_t t0) const {
+  __device__ __forceinline__ int valid(const DeviceInputs<T, SCOPE>& in, int pass,
+                                       std::int64_t t0) const {
     return row + pass * Shape::kRowsPerPass < block_channels ? valid_items(in.length, t0 + column)
                                                              : 0;
   }
 
-  __device__ __forceinline__ void fetch(const DeviceInputs<T>& in, std::int64_t t0) {
+  __device__ __forceinline__ void fetch(const DeviceInputs<T, SCOPE>& in, std::int64_t t0) {
 #pragma unroll
     for (int e = 0; e < Shape::kPasses; ++e) {
       u[e] = in.u.load(b, channel(e), t0 + column, valid(in, e, t0));
@@ -94,8 +97,9 @@ struct SerialLoads {
   }
 };
 
-template <class T, int LANES, int TILE, int BLOCKS>
-__global__ void __launch_bounds__(kSerialThreads, BLOCKS) scan_serial(const ForwardArgs<T> args) {
+template <class T, Scope SCOPE, int LANES, int TILE, int BLOCKS>
+__global__ void __launch_bounds__(kSerialThreads, BLOCKS)
+    scan_serial(const ForwardArgs<T, SCOPE> args) {
   using Shape = SerialShape<LANES, TILE>;
   constexpr int kN = Shape::kN;
   constexpr int kStates = kN / LANES;
@@ -107,7 +111,7 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS) scan_serial(const Forw
   __shared__ __align__(16) float shared_b[TILE * kN];
   __shared__ __align__(16) float shared_c[TILE * kN];
 
-  const DeviceInputs<T>& in = args.in;
+  const DeviceInputs<T, SCOPE>& in = args.in;
   const int thread = static_cast<int>(threadIdx.x);
   const int blocks = (in.channels_per_group + Shape::kChannels - 1) / Shape::kChannels;
   const int block = static_cast<int>(blockIdx.x) % blocks * Shape::kChannels;
@@ -141,13 +145,13 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS) scan_serial(const Forw
     bias[e] = r < block_channels ? in.delta_bias.get(0, first_channel + r, 0) : 0.0f;
     skip[e] = r < block_channels ? in.D.get(0, first_channel + r, 0) : 0.0f;
   }
-  SerialLoads<T, LANES, TILE> loads{CoefficientRows<T>(in.B, b, group, 0),
-                                    CoefficientRows<T>(in.C, b, group, 0),
-                                    b,
-                                    first_channel,
-                                    block_channels,
-                                    row,
-                                    column};
+  SerialLoads<T, SCOPE, LANES, TILE> loads{CoefficientRows<T, SCOPE>(in.B, b, group, 0),
+                                           CoefficientRows<T, SCOPE>(in.C, b, group, 0),
+                                           b,
+                                           first_channel,
+                                           block_channels,
+                                           row,
+                                           column};
   loads.fetch(in, 0);
 
   for (std::int64_t t0 = 0; t0 < in.length; t0 += TILE) {
@@ -157,8 +161,8 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS) scan_serial(const Forw
       const int at = (row + e * Shape::kRowsPerPass) * kStride + column;
       float delta[kItems], x[kItems];
       u[e] = loads.u[e];
-      u[e].floats(x);
-      loads.delta[e].floats(delta);
+      u[e].floats(x, in.u.mirrored());
+      loads.delta[e].floats(delta, in.delta.mirrored());
       discretise(delta, bias[e], in.delta_softplus, loads.valid(in, e, t0));
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
@@ -170,10 +174,11 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS) scan_serial(const Forw
 #pragma unroll
     for (int e = 0; e < Shape::kCoefficientPasses; ++e) {
       const int v = thread + e * kSerialThreads;
-      float* const to = (v < Shape::kCoefficientVectors ? shared_b : shared_c) +
-                        v / kN % Shape::kRowVectors * kItems * kN + v % kN;
+      const bool is_b = v < Shape::kCoefficientVectors;
+      float* const to =
+          (is_b ? shared_b : shared_c) + v / kN % Shape::kRowVectors * kItems * kN + v % kN;
       float values[kItems];
-      loads.coefficients[e].floats(values);
+      loads.coefficients[e].floats(values, (is_b ? loads.rows_b : loads.rows_c).mirrored);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         to[i * kN] = values[i];
@@ -250,7 +255,7 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS) scan_serial(const Forw
     for (int e = 0; e < Shape::kPasses; ++e) {
       float y[kItems], x[kItems];
       load_vector<kItems>(shared_delta + (row + e * Shape::kRowsPerPass) * kStride + column, y);
-      u[e].floats(x);
+      u[e].floats(x, in.u.mirrored());
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         y[i] = fmaf(skip[e], x[i], y[i]);
@@ -276,10 +281,12 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS) scan_serial(const Forw
 // every lane runs its steps from a zero state, a scan over the warp joins the lanes (the decay over
 // any stretch is exp(A sum delta), so only sums of delta are needed to start it), and every lane
 // runs its steps again from the right state. Lane n % 32 remembers the state between tiles;
-// checkpoints do so where d_state exceeds 32.
-template <class T, int WARPS, int STATES, int BLOCKS>
-__global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const ForwardArgs<T> args) {
-  const DeviceInputs<T>& in = args.in;
+// checkpoints do so where d_state exceeds 32. Where a sequence begins, the scan is cut: no lane
+// joins what lies before, and the step takes its sequence's own state.
+template <class T, Scope SCOPE, int WARPS, int STATES, int BLOCKS>
+__global__ void __launch_bounds__(WARPS* kWarp, BLOCKS)
+    scan_lanes(const ForwardArgs<T, SCOPE> args) {
+  const DeviceInputs<T, SCOPE>& in = args.in;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int blocks = (in.channels + WARPS - 1) / WARPS;
   const int b = static_cast<int>(blockIdx.x) / blocks;
@@ -290,8 +297,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
   }
 
   const int group = c / in.channels_per_group;
-  const CoefficientRows<T> rows_b(in.B, b, group, c);
-  const CoefficientRows<T> rows_c(in.C, b, group, c);
+  const CoefficientRows<T, SCOPE> rows_b(in.B, b, group, c);
+  const CoefficientRows<T, SCOPE> rows_c(in.C, b, group, c);
   const float bias = in.delta_bias.get(0, c, 0);
   const float skip = in.D.get(0, c, 0);
   float* checkpoint = args.checkpoints + checkpoint_offset(in, b, c, 0);
@@ -310,8 +317,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
     }
     float delta[kItems], x[kItems], y[kItems];
     float elapsed = 0.0f;  // sum of delta over the lane's steps
-    next_u.floats(x);
-    next_delta.floats(delta);
+    next_u.floats(x, in.u.mirrored());
+    next_delta.floats(delta, in.delta.mirrored());
     discretise(delta, bias, in.delta_softplus, valid);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -319,6 +326,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
       x[i] *= delta[i];
       elapsed += delta[i];
     }
+    const Cuts cuts = cuts_of(in.sequences, b, first, lane, true);
     Items<T> z;
     if (in.z.data != nullptr) {
       z = in.z.load(b, recomputed(c), first, valid);
@@ -333,7 +341,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
       if (lane_has_state) {
         if (t0 == 0) {
           rate = in.A.at(0, c, n0 + lane) * kLog2E;
-          carry = in.initial_state.get(b, c, n0 + lane);
+          carry = state_of(in.initial_state, in.sequences.entering(b, 0), c, n0 + lane);
           checkpoint[n0 + lane] = carry;
         } else if (in.d_state > kWarp) {
           rate = in.A.at(0, c, n0 + lane) * kLog2E;
@@ -368,11 +376,21 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
             decay[s][i] = exp2_approx(delta[i] * state_rate);
             input[s][i] *= x[i];
           }
+          if (in.sequences.present()) {
+#pragma unroll
+            for (int i = 0; i < kItems; ++i) {
+              if ((cuts.begins >> i & 1u) != 0u && n + s < in.d_state) {
+                const int from = in.sequences.entering(b, first + i);
+                const float start = state_of(in.initial_state, from, c, n + s);
+                input[s][i] = fmaf(decay[s][i], start, input[s][i]);
+              }
+            }
+          }
           span[s] = exp2_approx(elapsed * state_rate);
           h[s] = input[s][0];
 #pragma unroll
           for (int i = 1; i < kItems; ++i) {
-            h[s] = fmaf(decay[s][i], h[s], input[s][i]);
+            h[s] = fmaf(decay[s][i], (cuts.begins >> i & 1u) != 0u ? 0.0f : h[s], input[s][i]);
           }
         }
 #pragma unroll
@@ -381,7 +399,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
           for (int s = 0; s < STATES; ++s) {
             const float before = __shfl_up_sync(kAllLanes, h[s], offset);
             const float span_before = __shfl_up_sync(kAllLanes, span[s], offset);
-            if (lane >= offset) {
+            if (offset <= cuts.before) {
               h[s] = fmaf(span[s], before, h[s]);
               span[s] *= span_before;
             }
@@ -389,7 +407,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
         }
 #pragma unroll
         for (int s = 0; s < STATES; ++s) {
-          const float leaving = fmaf(span[s], entering[s], h[s]);
+          const float leaving = cuts.from_start ? fmaf(span[s], entering[s], h[s]) : h[s];
           const float before = __shfl_up_sync(kAllLanes, leaving, 1);
           const float tile_end = __shfl_sync(kAllLanes, leaving, kWarp - 1);
           carry = lane == j + s ? tile_end : carry;
@@ -398,8 +416,14 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
           rows_c.values(loaded_c[s], n + s, n + s < in.d_state, c_values);
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
-            state = fmaf(decay[s][i], state, input[s][i]);
+            state = fmaf(decay[s][i], (cuts.begins >> i & 1u) != 0u ? 0.0f : state, input[s][i]);
             y[i] = fmaf(state, c_values[i], y[i]);
+            if (in.sequences.present() && (cuts.ends >> i & 1u) != 0u && n + s < in.d_state) {
+              const int to = in.sequences.leaving(b, first + i);
+              if (to >= 0) {
+                args.last_state.at(to, c, n + s) = state;
+              }
+            }
           }
         }
       }
@@ -407,7 +431,10 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
         if (t1 < in.length) {
           checkpoint[in.d_state + n0 + lane] = carry;
         } else {
-          args.last_state.at(b, c, n0 + lane) = carry;
+          const int to = in.sequences.leaving(b, in.length - 1);
+          if (to >= 0) {
+            args.last_state.at(to, c, n0 + lane) = carry;
+          }
         }
       }
     }
@@ -418,55 +445,59 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) scan_lanes(const Forward
   }
 }
 
-template <class T>
-using ForwardKernel = void (*)(ForwardArgs<T>);
-
-// The kernels of kForwardConfigs, row by row.
 template <class T, std::size_t I>
-constexpr ForwardKernel<T> forward_kernel() {
+constexpr auto forward_kernel() {
   constexpr ForwardConfig kConfig = kForwardConfigs[I];
   if constexpr (kConfig.mapping == Mapping::serial) {
     static_assert(kConfig.threads == kSerialThreads, "the kernel is written for this many threads");
-    return &scan_serial<T, kConfig.lanes, kConfig.tile, kConfig.blocks>;
+    return &scan_serial<T, kConfig.scope, kConfig.lanes, kConfig.tile, kConfig.blocks>;
   } else {
     static_assert(kConfig.lanes == kWarp && kConfig.tile == kCheckpointInterval,
                   "the kernel is a warp per channel, a checkpoint per tile");
     // float's loads in flight take twice the registers of a 16-bit type's.
-    constexpr int kBlocks = kConfig.blocks - (sizeof(T) == sizeof(float) ? 1 : 0);
-    return &scan_lanes<T, kConfig.threads / kWarp, kConfig.states, kBlocks>;
+    constexpr int kBlocks = sizeof(T) == sizeof(float) ? 3 : kConfig.blocks;
+    return &scan_lanes<T, kConfig.scope, kConfig.threads / kWarp, kConfig.states, kBlocks>;
   }
 }
 
+// params are in the order of the scan.
+template <class T, std::size_t I>
+void launch_forward(const ForwardParams& params, const Problem& problem) {
+  constexpr ForwardConfig kConfig = kForwardConfigs[I];
+  ForwardArgs<T, kConfig.scope> args;
+  args.in = device_inputs<T, kConfig.scope>(params.in, problem.groups);
+  args.out = sequence<T, kConfig.scope>(params.out);
+  args.last_state = weights<float>(params.last_state);
+  args.checkpoints = params.checkpoints.as<float>();
+
+  const std::int64_t per_block = kConfig.threads / kConfig.lanes;
+  const std::int64_t blocks =
+      kConfig.mapping == Mapping::serial
+          ? problem.groups * ceil_div(problem.channels_per_group(), per_block)
+          : ceil_div(problem.channels, per_block);
+  constexpr auto kKernel = forward_kernel<T, I>();
+  kKernel<<<static_cast<unsigned>(count(problem.batch * blocks)), kConfig.threads, 0,
+            static_cast<cudaStream_t>(params.stream)>>>(args);
+  MAMBA_CUDA_CHECK_LAUNCH();
+}
+
+// The rows of kForwardConfigs.
 template <class T, std::size_t... I>
-ForwardKernel<T> find_forward_kernel(int index, std::index_sequence<I...>) {
-  static constexpr ForwardKernel<T> kKernels[] = {forward_kernel<T, I>()...};
-  return kKernels[index];
+void launch_forward_row(int row, const ForwardParams& params, const Problem& problem,
+                        std::index_sequence<I...>) {
+  using Launch = void (*)(const ForwardParams&, const Problem&);
+  static constexpr Launch kRows[] = {&launch_forward<T, I>...};
+  kRows[row](params, problem);
 }
 
 template <class Host>
 void forward(const ForwardParams& params) {
   using T = mamba_native::cuda::DeviceType<Host>;
   const Problem problem = problem_of(params.in);
-  const int index = choose_forward(
-      problem, mamba_native::cuda::device_info(params.in.u.device.index), params.config);
-  const ForwardConfig& config = kForwardConfigs[index];
-
-  ForwardArgs<T> args;
-  args.in = device_inputs<T>(params.in, problem.groups);
-  args.out = sequence<T>(params.out);
-  args.last_state = weights<float>(params.last_state);
-  args.checkpoints = params.checkpoints.as<float>();
-
-  const std::int64_t per_block = config.threads / config.lanes;
-  const std::int64_t blocks =
-      config.mapping == Mapping::serial
-          ? problem.groups * ceil_div(problem.channels_per_group(), per_block)
-          : ceil_div(problem.channels, per_block);
-  const ForwardKernel<T> kernel =
-      find_forward_kernel<T>(index, std::make_index_sequence<kForwardConfigCount>());
-  kernel<<<static_cast<unsigned>(count(problem.batch * blocks)), config.threads, 0,
-           static_cast<cudaStream_t>(params.stream)>>>(args);
-  MAMBA_CUDA_CHECK_LAUNCH();
+  const int row = choose_forward(problem, mamba_native::cuda::device_info(params.in.u.device.index),
+                                 params.config);
+  launch_forward_row<T>(row, in_scan_order(params), problem,
+                        std::make_index_sequence<kForwardConfigCount>());
 }
 
 }  // namespace mamba_native::selective_scan::cuda

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/cuda/device.h"
+#include "core/math.h"
 #include "selective_scan/selective_scan.h"
 
 namespace mamba_native::selective_scan {
@@ -17,18 +18,33 @@ struct Problem {
   std::int64_t length = 1;
   std::int64_t d_state = 1;
   std::int64_t groups = 1;
-  bool time_varying = true;  // both B and C are (B, G, N, L)
-
+  bool varying_B = true;  // (B, G, N, L)
+  bool varying_C = true;
+  bool packed = false;  // several sequences in a batch entry
+  bool reverse = false;
+  bool deterministic = false;  // backward only
   std::int64_t channels_per_group() const { return channels / groups; }
+  std::int64_t tiles() const { return ceil_div(length, kCheckpointInterval); }
 };
 
 Problem problem_of(const Inputs& in);
+Problem problem_of(const BackwardParams& params);
+
+// What a kernel is for. Whatever it knows beside the plain scan costs instructions and above all
+// registers, which the other rows are spared.
+enum class Scope {
+  plain,
+  reverse,  // only
+  either,   // plain, reverse, deterministic sums
+  packed,   // anything: several sequences in a batch entry too
+};
 
 // The two ways to spread a scan over threads; the room's README derives them.
 enum class Mapping { serial, lanes };
 
 struct ForwardConfig {
   Mapping mapping;
+  Scope scope;
   int threads;  // of a CTA
   int lanes;    // threads that share one channel
   int tile;     // steps that a CTA holds at once
@@ -38,10 +54,13 @@ struct ForwardConfig {
 
 // One row = one kernel per dtype.
 inline constexpr ForwardConfig kForwardConfigs[] = {
-    {Mapping::serial, 128, 2, 32, 8, 3},   // from about 20,000 channels over the batch on
-    {Mapping::serial, 128, 4, 32, 4, 4},   // from about 10,000
-    {Mapping::serial, 128, 8, 64, 2, 3},   // from about 2,000
-    {Mapping::lanes, 128, 32, 256, 1, 4},  // fewer, d_state below 8 or above 16, static B or C
+    {Mapping::serial, Scope::plain, 128, 2, 32, 8, 3},  // from about 20,000 channels over the batch
+    {Mapping::serial, Scope::plain, 128, 4, 32, 4, 4},  // from about 10,000
+    {Mapping::serial, Scope::plain, 128, 8, 64, 2, 3},  // from about 2,000
+    {Mapping::lanes, Scope::plain, 128, 32, 256, 1, 4},  // fewer, d_state < 8 or > 16, static B, C
+    {Mapping::serial, Scope::reverse, 128, 4, 32, 4, 4},
+    {Mapping::lanes, Scope::reverse, 128, 32, 256, 1, 4},
+    {Mapping::lanes, Scope::packed, 128, 32, 256, 1, 3},
 };
 inline constexpr int kForwardConfigCount =
     static_cast<int>(sizeof(kForwardConfigs) / sizeof(kForwardConfigs[0]));
@@ -50,14 +69,16 @@ inline constexpr int kForwardConfigCount =
 inline constexpr std::int64_t kSerialStates = 16;
 
 struct BackwardConfig {
+  Scope scope;
   int warps;   // of a CTA: each has one channel of the CTA's group
   int blocks;  // CTAs that the register budget keeps on one multiprocessor
 };
 
 inline constexpr BackwardConfig kBackwardConfigs[] = {
-    {8, 2},   // groups of more than 4 channels: one global atomic per 8 channels
-    {4, 3},   // groups of 2 to 4
-    {1, 12},  // groups of one channel, and d_state in the thousands
+    {Scope::plain, 8, 2},   // groups of more than 1 channel: one global atomic per 8 channels
+    {Scope::plain, 1, 12},  // groups of one channel, and d_state in the thousands
+    {Scope::either, 8, 2},
+    {Scope::packed, 4, 2},
 };
 inline constexpr int kBackwardConfigCount =
     static_cast<int>(sizeof(kBackwardConfigs) / sizeof(kBackwardConfigs[0]));
@@ -70,6 +91,23 @@ constexpr std::int64_t backward_shared_memory(int warps, std::int64_t d_state) {
   constexpr std::int64_t kStage = kBackwardStage * 33;
   return static_cast<std::int64_t>(sizeof(float)) * warps * (kExchange + kStage + d_state);
 }
+
+// What a deterministic backward call keeps in its workspace, in floats.
+struct OrderedWorkspace {
+  std::int64_t channel_sums = 0;  // (B, D): dD, and ddelta_bias
+  std::int64_t state_sums = 0;  // (B, D, N): dA, dB, dC where static, and the adjoint between tiles
+  std::int64_t tile = 0;        // the CTAs' parts of a time-varying dB, and dC, over one tile
+  std::int64_t blocks = 0;      // CTAs of a group
+  bool varying_B = false, varying_C = false;
+
+  std::int64_t fixed() const;
+  std::int64_t tiles(std::int64_t floats) const;  // that a workspace of this size holds
+};
+OrderedWorkspace ordered_workspace(const Problem& problem, const BackwardConfig& config);
+
+// The parts of as many tiles as fit about this many floats (256 MB), and one at least.
+inline constexpr std::int64_t kPartFloats = std::int64_t{1} << 26;
+std::int64_t wanted_floats(const OrderedWorkspace& workspace, std::int64_t tiles);
 
 // "serial: 128 threads, 4 lanes per channel, tiles of 64 steps".
 std::string describe(const ForwardConfig& config);

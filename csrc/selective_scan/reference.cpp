@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/math.h"
+#include "selective_scan/sequences.h"
 
 namespace mamba_native::selective_scan::reference {
 namespace {
@@ -27,12 +28,13 @@ void write(const TensorView& tensor, std::int64_t at, Scalar value) {
   store_float(tensor.data, tensor.dtype, at, static_cast<double>(value));
 }
 
-// The inputs of one channel of one batch entry, one step or state at a time.
+// The inputs of one channel of one batch entry, one step or state at a time. Steps count in the
+// order of the scan.
 template <class Scalar>
 class Channel {
  public:
   Channel(const Inputs& in, std::int64_t batch, std::int64_t channel)
-      : in_(in), batch_(batch), channel_(channel) {
+      : in_(in), sequences_(in, batch), batch_(batch), channel_(channel) {
     if (in.B.dim == 4) {
       group_ = channel / (in.u.size[1] / in.B.size[1]);
     } else if (in.C.dim == 4) {
@@ -40,16 +42,19 @@ class Channel {
     }
   }
 
-  Scalar u(std::int64_t t) const { return read<Scalar>(in_.u, offset(in_.u, batch_, channel_, t)); }
-  // delta before softplus
-  Scalar raw(std::int64_t t) const {
-    return read<Scalar>(in_.delta, offset(in_.delta, batch_, channel_, t)) + bias();
+  // Where a (B, D, L) tensor has step t.
+  std::int64_t place(const TensorView& tensor, std::int64_t t) const {
+    return offset(tensor, batch_, channel_, time(t));
   }
+
+  Scalar u(std::int64_t t) const { return read<Scalar>(in_.u, place(in_.u, t)); }
+  // delta before softplus
+  Scalar raw(std::int64_t t) const { return read<Scalar>(in_.delta, place(in_.delta, t)) + bias(); }
   Scalar delta(std::int64_t t) const { return in_.delta_softplus ? softplus(raw(t)) : raw(t); }
   Scalar delta_slope(std::int64_t t) const {
     return in_.delta_softplus ? softplus_grad(raw(t)) : Scalar(1);
   }
-  Scalar z(std::int64_t t) const { return read<Scalar>(in_.z, offset(in_.z, batch_, channel_, t)); }
+  Scalar z(std::int64_t t) const { return read<Scalar>(in_.z, place(in_.z, t)); }
   Scalar gate(std::int64_t t) const { return in_.z.present() ? silu(z(t)) : Scalar(1); }
   Scalar A(std::int64_t n) const { return read<Scalar>(in_.A, offset(in_.A, channel_, n)); }
   Scalar B(std::int64_t n, std::int64_t t) const { return read<Scalar>(in_.B, place(in_.B, n, t)); }
@@ -57,19 +62,26 @@ class Channel {
   Scalar D() const {
     return in_.D.present() ? read<Scalar>(in_.D, channel_ * in_.D.stride[0]) : Scalar(0);
   }
-  Scalar initial_state(std::int64_t n) const {
-    return in_.initial_state.present()
-               ? read<Scalar>(in_.initial_state, offset(in_.initial_state, batch_, channel_, n))
-               : Scalar(0);
+  // States of a (B or S, D, N) tensor; 0 where there is no such row or no tensor.
+  Scalar state(const TensorView& tensor, std::int64_t row, std::int64_t n) const {
+    return tensor.present() && row >= 0 ? read<Scalar>(tensor, offset(tensor, row, channel_, n))
+                                        : Scalar(0);
   }
+  void set_state(const TensorView& tensor, std::int64_t row, std::int64_t n, Scalar value) const {
+    if (tensor.present() && row >= 0) {
+      write(tensor, offset(tensor, row, channel_, n), value);
+    }
+  }
+  const Sequences& sequences() const { return sequences_; }
 
   // Where B or C, or a gradient of its shape, has the element of state n and step t.
   std::int64_t place(const TensorView& tensor, std::int64_t n, std::int64_t t) const {
     return tensor.dim == 2 ? offset(tensor, channel_, n)
-                           : offset(tensor, batch_, group_, n) + t * tensor.stride[3];
+                           : offset(tensor, batch_, group_, n) + time(t) * tensor.stride[3];
   }
 
  private:
+  std::int64_t time(std::int64_t t) const { return in_.reverse ? in_.u.size[2] - 1 - t : t; }
   Scalar bias() const {
     return in_.delta_bias.present()
                ? read<Scalar>(in_.delta_bias, channel_ * in_.delta_bias.stride[0])
@@ -77,6 +89,7 @@ class Channel {
   }
 
   const Inputs& in_;
+  Sequences sequences_;
   std::int64_t batch_;
   std::int64_t channel_;
   std::int64_t group_ = 0;
@@ -130,9 +143,16 @@ struct Trace {
         h(static_cast<std::size_t>((length + 1) * state_count)),
         y(static_cast<std::size_t>(length)) {}
 
-  // h[t, n], with t = -1 for the state that enters.
+  // h[t, n], with t = -1 for the state that enters at the first step.
   Scalar& state(std::int64_t t, std::int64_t n) {
     return h[static_cast<std::size_t>((t + 1) * states + n)];
+  }
+  // h[t-1, n], or what a sequence that begins at step t starts from.
+  Scalar before(const Channel<Scalar>& channel, const TensorView& initial, std::int64_t t,
+                std::int64_t n) {
+    return channel.sequences().begins(t)
+               ? channel.state(initial, channel.sequences().entering(t), n)
+               : state(t - 1, n);
   }
   Scalar& output(std::int64_t t) { return y[static_cast<std::size_t>(t)]; }
 
@@ -142,9 +162,10 @@ struct Trace {
 };
 
 template <class Scalar>
-void run(const Channel<Scalar>& channel, std::int64_t length, Trace<Scalar>& trace) {
-  for (std::int64_t n = 0; n < trace.states; ++n) {
-    trace.state(-1, n) = channel.initial_state(n);
+void run(const Channel<Scalar>& channel, const TensorView& initial, std::int64_t length,
+         Trace<Scalar>& trace) {
+  for (std::int64_t n = 0; length > 0 && n < trace.states; ++n) {
+    trace.state(-1, n) = trace.before(channel, initial, 0, n);
   }
   for (std::int64_t t = 0; t < length; ++t) {
     const Scalar delta = channel.delta(t);
@@ -152,11 +173,23 @@ void run(const Channel<Scalar>& channel, std::int64_t length, Trace<Scalar>& tra
     Scalar y = channel.D() * u;
     for (std::int64_t n = 0; n < trace.states; ++n) {
       const Scalar decay = std::exp(delta * channel.A(n));
-      const Scalar h = decay * trace.state(t - 1, n) + delta * channel.B(n, t) * u;
+      const Scalar h = decay * trace.before(channel, initial, t, n) + delta * channel.B(n, t) * u;
       trace.state(t, n) = h;
       y += channel.C(n, t) * h;
     }
     trace.output(t) = y;
+  }
+}
+
+// What sequences without steps leave: the others overwrite theirs.
+void copy_states(const TensorView& to, const TensorView& from) {
+  for (std::int64_t row = 0; to.present() && row < to.size[0]; ++row) {
+    for (std::int64_t d = 0; d < to.size[1]; ++d) {
+      for (std::int64_t n = 0; n < to.size[2]; ++n) {
+        write(to, offset(to, row, d, n),
+              from.present() ? read<double>(from, offset(from, row, d, n)) : 0.0);
+      }
+    }
   }
 }
 
@@ -168,15 +201,19 @@ void forward(const ForwardParams& params) {
   const std::int64_t length = in.u.size[2];
   const std::int64_t states = in.A.size[1];
   Trace<Scalar> trace(length, states);
+  copy_states(params.last_state, in.initial_state);
   for (std::int64_t b = 0; b < in.u.size[0]; ++b) {
     for (std::int64_t d = 0; d < in.u.size[1]; ++d) {
       const Channel<Scalar> channel(in, b, d);
-      run(channel, length, trace);
+      run(channel, in.initial_state, length, trace);
       for (std::int64_t t = 0; t < length; ++t) {
-        write(params.out, offset(params.out, b, d, t), trace.output(t) * channel.gate(t));
+        for (std::int64_t n = 0; channel.sequences().ends(t) && n < states; ++n) {
+          channel.set_state(params.last_state, channel.sequences().leaving(t), n,
+                            trace.state(t, n));
+        }
+        write(params.out, channel.place(params.out, t), trace.output(t) * channel.gate(t));
       }
       for (std::int64_t n = 0; n < states; ++n) {
-        write(params.last_state, offset(params.last_state, b, d, n), trace.state(length - 1, n));
         for (std::int64_t k = 0; k < params.checkpoints.size[2]; ++k) {
           write(params.checkpoints,
                 offset(params.checkpoints, b, d, k) + n * params.checkpoints.stride[3],
@@ -197,18 +234,13 @@ void backward(const BackwardParams& params) {
       ddelta_bias(params.ddelta_bias);
   Trace<Scalar> trace(length, states);
   std::vector<Scalar> carry(static_cast<std::size_t>(states));  // exp(delta[t+1] A) q[t+1]
+  copy_states(params.dinitial_state, params.dlast_state);
   for (std::int64_t b = 0; b < in.u.size[0]; ++b) {
     for (std::int64_t d = 0; d < in.u.size[1]; ++d) {
       const Channel<Scalar> channel(in, b, d);
-      run(channel, length, trace);
-      for (std::int64_t n = 0; n < states; ++n) {
-        carry[static_cast<std::size_t>(n)] =
-            params.dlast_state.present()
-                ? read<Scalar>(params.dlast_state, offset(params.dlast_state, b, d, n))
-                : Scalar(0);
-      }
+      run(channel, in.initial_state, length, trace);
       for (std::int64_t t = length - 1; t >= 0; --t) {
-        const Scalar dout = read<Scalar>(params.dout, offset(params.dout, b, d, t));
+        const Scalar dout = read<Scalar>(params.dout, channel.place(params.dout, t));
         const Scalar g = dout * channel.gate(t);
         const Scalar delta = channel.delta(t);
         const Scalar u = channel.u(t);
@@ -217,19 +249,26 @@ void backward(const BackwardParams& params) {
         for (std::int64_t n = 0; n < states; ++n) {
           const Scalar A = channel.A(n);
           const Scalar B = channel.B(n, t);
-          const Scalar q = channel.C(n, t) * g + carry[static_cast<std::size_t>(n)];
+          const Scalar later =
+              channel.sequences().ends(t)
+                  ? channel.state(params.dlast_state, channel.sequences().leaving(t), n)
+                  : carry[static_cast<std::size_t>(n)];
+          const Scalar q = channel.C(n, t) * g + later;
           const Scalar decayed_q = std::exp(delta * A) * q;
-          const Scalar qa = decayed_q * trace.state(t - 1, n);
+          const Scalar qa = decayed_q * trace.before(channel, in.initial_state, t, n);
           sum_qB += q * B;
           sum_qAa += qa * A;
           dA.add(offset(params.dA, d, n), qa * delta);
           dB.add(channel.place(params.dB, n, t), q * delta * u);
           dC.add(channel.place(params.dC, n, t), g * trace.state(t, n));
           carry[static_cast<std::size_t>(n)] = decayed_q;
+          if (channel.sequences().begins(t)) {
+            channel.set_state(params.dinitial_state, channel.sequences().entering(t), n, decayed_q);
+          }
         }
         const Scalar ddelta = channel.delta_slope(t) * (sum_qB * u + sum_qAa);
-        write(params.du, offset(params.du, b, d, t), channel.D() * g + sum_qB * delta);
-        write(params.ddelta, offset(params.ddelta, b, d, t), ddelta);
+        write(params.du, channel.place(params.du, t), channel.D() * g + sum_qB * delta);
+        write(params.ddelta, channel.place(params.ddelta, t), ddelta);
         if (in.D.present()) {
           dD.add(d * params.dD.stride[0], g * u);
         }
@@ -237,14 +276,8 @@ void backward(const BackwardParams& params) {
           ddelta_bias.add(d * params.ddelta_bias.stride[0], ddelta);
         }
         if (in.z.present()) {
-          write(params.dz, offset(params.dz, b, d, t),
+          write(params.dz, channel.place(params.dz, t),
                 dout * trace.output(t) * silu_grad(channel.z(t)));
-        }
-      }
-      if (in.initial_state.present()) {
-        for (std::int64_t n = 0; n < states; ++n) {
-          write(params.dinitial_state, offset(params.dinitial_state, b, d, n),
-                carry[static_cast<std::size_t>(n)]);
         }
       }
     }

@@ -1,5 +1,6 @@
 #include "selective_scan/selective_scan.h"
 
+#include <cstdint>
 #include <limits>
 
 #include "core/error.h"
@@ -78,6 +79,7 @@ void check_optional_output(const char* op, const char* argument, const TensorVie
 
 struct Sizes {
   std::int64_t batch;
+  std::int64_t rows;  // of states: batch, or sequences
   std::int64_t channels;
   std::int64_t length;
   std::int64_t states;
@@ -108,9 +110,18 @@ Sizes check_inputs(const char* op, const Inputs& in) {
               describe(in.u));
   MAMBA_CHECK(in.A.dim == 2, op, ": A must have shape (channels, states), got ", describe(in.A));
   check_float(op, "u", in.u);
-  const Sizes sizes = {in.u.size[0], in.u.size[1],
-                       in.u.size[2], in.A.size[1],
-                       in.u.dtype,   in.u.dtype == DType::f64 ? DType::f64 : DType::f32,
+  MAMBA_CHECK(in.sequences >= 0, op, ": sequences must be 0 or their number, got ", in.sequences);
+  MAMBA_CHECK(in.sequences == 0 || (in.u.size[0] == 1 && in.seq_idx.present()), op,
+              ": with sequences, u must have batch 1 and seq_idx must say which sequence a step "
+              "belongs to, got u ",
+              describe(in.u), in.seq_idx.present() ? "" : " and no seq_idx");
+  const Sizes sizes = {in.u.size[0],
+                       in.sequences > 0 ? in.sequences : in.u.size[0],
+                       in.u.size[1],
+                       in.u.size[2],
+                       in.A.size[1],
+                       in.u.dtype,
+                       in.u.dtype == DType::f64 ? DType::f64 : DType::f32,
                        in.u.device};
   MAMBA_CHECK(sizes.states > 0, op, ": A must have at least one state, got ", describe(in.A));
   check_memory(op, "u", in.u, sizes.device);
@@ -126,7 +137,9 @@ Sizes check_inputs(const char* op, const Inputs& in) {
   check_optional_input(op, "z", in.z, sizes.device, sizes.dtype, activations);
   check_optional_input(op, "delta_bias", in.delta_bias, sizes.device, sizes.sum, {sizes.channels});
   check_optional_input(op, "initial_state", in.initial_state, sizes.device, sizes.sum,
-                       {sizes.batch, sizes.channels, sizes.states});
+                       {sizes.rows, sizes.channels, sizes.states});
+  check_optional_input(op, "seq_idx", in.seq_idx, sizes.device, DType::i32,
+                       {sizes.batch, sizes.length});
   return sizes;
 }
 
@@ -162,8 +175,8 @@ struct CudaBackward {
   }
 };
 
-// The kernels take no empty tensors. What a scan over nothing leaves: the state it began with, and
-// gradients of 0.
+// The kernels take no empty tensors. What a scan over nothing leaves, be it the whole call or one
+// sequence, whose row a kernel does not touch: the state it began with, and gradients of 0.
 bool is_empty(const Sizes& sizes) {
   return sizes.batch == 0 || sizes.channels == 0 || sizes.length == 0;
 }
@@ -195,16 +208,17 @@ void forward(const ForwardParams& params) {
   check_output(kOp, "out", params.out, sizes.device, sizes.dtype,
                {sizes.batch, sizes.channels, sizes.length});
   check_output(kOp, "last_state", params.last_state, sizes.device, sizes.sum,
-               {sizes.batch, sizes.channels, sizes.states});
+               {sizes.rows, sizes.channels, sizes.states});
   check_output(
       kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
       {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
   check_contiguous(kOp, "checkpoints", params.checkpoints);
   if (sizes.device.is_cuda()) {
 #if MAMBA_WITH_CUDA
-    if (is_empty(sizes)) {
+    if (is_empty(sizes) || params.in.sequences > 0) {
       forward_empty(params);
-    } else {
+    }
+    if (!is_empty(sizes)) {
       for_dtype(sizes.dtype, CudaForward{params});
     }
 #else
@@ -217,13 +231,28 @@ void forward(const ForwardParams& params) {
   }
 }
 
+std::int64_t backward_workspace(const BackwardParams& params) {
+  const Sizes sizes = check_inputs("selective_scan_backward", params.in);
+#if MAMBA_WITH_CUDA
+  if (params.deterministic && sizes.device.is_cuda() && !is_empty(sizes)) {
+    const Problem problem = problem_of(params);
+    const int row = choose_backward(problem, mamba_native::cuda::device_info(sizes.device.index),
+                                    params.config);
+    return wanted_floats(ordered_workspace(problem, kBackwardConfigs[row]), problem.tiles());
+  }
+#else
+  static_cast<void>(sizes);
+#endif
+  return 0;
+}
+
 void backward(const BackwardParams& params) {
   constexpr char kOp[] = "selective_scan_backward";
   const Inputs& in = params.in;
   const Sizes sizes = check_inputs(kOp, in);
   const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels,
                                                            sizes.length};
-  const std::initializer_list<std::int64_t> state = {sizes.batch, sizes.channels, sizes.states};
+  const std::initializer_list<std::int64_t> state = {sizes.rows, sizes.channels, sizes.states};
   check_input(kOp, "dout", params.dout, sizes.device, sizes.dtype, activations);
   check_optional_input(kOp, "dlast_state", params.dlast_state, sizes.device, sizes.sum, state);
   check_input(
@@ -241,11 +270,19 @@ void backward(const BackwardParams& params) {
                         sizes.device, sizes.sum, {sizes.channels});
   check_optional_output(kOp, "dinitial_state", params.dinitial_state, "initial_state",
                         in.initial_state, sizes.device, sizes.sum, state);
+  const std::int64_t workspace = backward_workspace(params);
+  if (workspace > 0) {
+    check_output(kOp, "workspace", params.workspace, sizes.device, DType::f32, {workspace});
+    check_contiguous(kOp, "workspace", params.workspace);
+    MAMBA_CHECK(reinterpret_cast<std::uintptr_t>(params.workspace.data) % 16 == 0, kOp,
+                ": workspace must be aligned to 16 bytes");
+  }
   if (sizes.device.is_cuda()) {
 #if MAMBA_WITH_CUDA
-    if (is_empty(sizes)) {
+    if (is_empty(sizes) || in.sequences > 0) {
       backward_empty(params);
-    } else {
+    }
+    if (!is_empty(sizes)) {
       for_dtype(sizes.dtype, CudaBackward{params});
     }
 #else

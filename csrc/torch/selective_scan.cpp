@@ -12,7 +12,8 @@ namespace {
 selective_scan::Inputs scan_inputs(const char* op, const Tensor& u, const Tensor& delta,
                                    const Tensor& A, const Tensor& B, const Tensor& C,
                                    const Optional& D, const Optional& z, const Optional& delta_bias,
-                                   const Optional& initial_state, bool delta_softplus) {
+                                   const Optional& initial_state, bool delta_softplus,
+                                   const Optional& seq_idx, std::int64_t sequences, bool reverse) {
   check_dim(op, "u", u, 3);
   check_dim(op, "A", A, 2);
   selective_scan::Inputs in;
@@ -26,22 +27,26 @@ selective_scan::Inputs scan_inputs(const char* op, const Tensor& u, const Tensor
   in.delta_bias = view(op, "delta_bias", delta_bias);
   in.initial_state = view(op, "initial_state", initial_state);
   in.delta_softplus = delta_softplus;
+  in.seq_idx = view(op, "seq_idx", seq_idx);
+  in.sequences = sequences;
+  in.reverse = reverse;
   return in;
 }
 
 std::tuple<Tensor, Tensor, Tensor> selective_scan_forward(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
     const Optional& D, const Optional& z, const Optional& delta_bias, const Optional& initial_state,
-    bool delta_softplus) {
+    bool delta_softplus, const Optional& seq_idx, std::int64_t sequences, bool reverse) {
   constexpr char kOp[] = "selective_scan_forward";
   selective_scan::ForwardParams params;
-  params.in = scan_inputs(kOp, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus);
+  params.in = scan_inputs(kOp, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus,
+                          seq_idx, sequences, reverse);
   const DeviceScope scope(u);
   const std::int64_t batch = u.size(0), channels = u.size(1), length = u.size(2),
                      d_state = A.size(1);
   const Scalar state = accumulator_of(u);
   Tensor out = empty(u, {batch, channels, length}, u.scalar_type());
-  Tensor last_state = empty(u, {batch, channels, d_state}, state);
+  Tensor last_state = empty(u, {sequences > 0 ? sequences : batch, channels, d_state}, state);
   Tensor checkpoints = empty(
       u, {batch, channels, ceil_div(length, selective_scan::kCheckpointInterval), d_state}, state);
   params.out = view(kOp, "out", out);
@@ -57,10 +62,12 @@ selective_scan_backward(const Tensor& dout, const Optional& dlast_state, const T
                         const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                         const Optional& D, const Optional& z, const Optional& delta_bias,
                         const Optional& initial_state, const Tensor& checkpoints,
-                        bool delta_softplus) {
+                        bool delta_softplus, const Optional& seq_idx, std::int64_t sequences,
+                        bool reverse, bool deterministic) {
   constexpr char kOp[] = "selective_scan_backward";
   selective_scan::BackwardParams params;
-  params.in = scan_inputs(kOp, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus);
+  params.in = scan_inputs(kOp, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus,
+                          seq_idx, sequences, reverse);
   const DeviceScope scope(u);
   const Scalar dtype = u.scalar_type();
   const Scalar sum = accumulator_of(u);
@@ -87,6 +94,9 @@ selective_scan_backward(const Tensor& dout, const Optional& dlast_state, const T
   params.ddelta_bias = delta_bias ? view(kOp, "ddelta_bias", ddelta_bias) : TensorView();
   params.dinitial_state =
       initial_state ? view(kOp, "dinitial_state", dinitial_state) : TensorView();
+  params.deterministic = deterministic;
+  Tensor workspace = empty(u, {selective_scan::backward_workspace(params)}, sum);
+  params.workspace = view(kOp, "workspace", workspace);
   params.stream = scope.stream();
   selective_scan::backward(params);
   return {du,
@@ -106,15 +116,15 @@ selective_scan_backward(const Tensor& dout, const Optional& dlast_state, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(mamba_native, m) {
   m.def(
       "selective_scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
-      "Tensor? z, "
-      "Tensor? delta_bias, Tensor? initial_state, bool delta_softplus) "
+      "Tensor? z, Tensor? delta_bias, Tensor? initial_state, bool delta_softplus, "
+      "Tensor? seq_idx=None, SymInt sequences=0, bool reverse=False) "
       "-> (Tensor out, Tensor last_state, Tensor checkpoints)");
   m.def(
       "selective_scan_backward(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, "
       "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
-      "Tensor checkpoints, bool delta_softplus) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor "
-      "dB, "
-      "Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)");
+      "Tensor checkpoints, bool delta_softplus, Tensor? seq_idx=None, SymInt sequences=0, "
+      "bool reverse=False, bool deterministic=False) -> (Tensor du, Tensor ddelta, Tensor dA, "
+      "Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CPU, m) {

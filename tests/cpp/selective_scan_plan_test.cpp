@@ -77,8 +77,30 @@ TEST(SelectiveScanPlan, WhatTheSerialMappingCannotHoldSpreadsOverTime) {
   EXPECT_EQ(forward_row(problem(64, 1536, 2048, 16, 1536)).mapping, Mapping::lanes)
       << "groups of one channel leave a serial CTA empty";
   Problem constant = problem(64, 1536, 2048);
-  constant.time_varying = false;
+  constant.varying_B = false;
   EXPECT_EQ(forward_row(constant).mapping, Mapping::lanes);
+  Problem packed = problem(64, 1536, 2048);
+  packed.packed = true;
+  EXPECT_EQ(forward_row(packed).mapping, Mapping::lanes);
+}
+
+TEST(SelectiveScanPlan, RowsAreForWhatTheProblemNeedsAndNoMore) {
+  const Problem plain = problem(64, 1536, 2048);
+  Problem reverse = plain, packed = plain, deterministic = plain;
+  reverse.reverse = true;
+  packed.packed = packed.reverse = true;
+  deterministic.deterministic = true;
+  EXPECT_EQ(forward_row(plain).scope, Scope::plain);
+  EXPECT_EQ(forward_row(reverse).scope, Scope::reverse);
+  EXPECT_EQ(forward_row(reverse).mapping, Mapping::serial);
+  EXPECT_EQ(forward_row(packed).scope, Scope::packed);
+  EXPECT_EQ(backward_row(plain).scope, Scope::plain);
+  EXPECT_EQ(backward_row(reverse).scope, Scope::either);
+  EXPECT_EQ(backward_row(deterministic).scope, Scope::either);
+  EXPECT_EQ(backward_row(packed).scope, Scope::packed);
+  const int row = choose_forward(plain, kH200);
+  const std::string refused = message_of([&] { choose_forward(reverse, kH200, row); });
+  EXPECT_NE(refused.find("it is for another direction"), std::string::npos) << refused;
 }
 
 TEST(SelectiveScanPlan, BackwardReducesAsManyChannelsAsAGroupHas) {
@@ -88,15 +110,18 @@ TEST(SelectiveScanPlan, BackwardReducesAsManyChannelsAsAGroupHas) {
   }
   EXPECT_EQ(backward_row(problem(8, 1536, 2048)).warps, widest);
   EXPECT_EQ(backward_row(problem(8, 1536, 2048, 16, 1536)).warps, 1);
-  EXPECT_LT(backward_row(problem(8, 1536, 2048, 16, 768)).warps, widest);
 }
 
 TEST(SelectiveScanPlan, BackwardFitsTheDevicesSharedMemory) {
   for (const DeviceInfo& device : {kTuring, kH200}) {
     for (const std::int64_t d_state : {1, 16, 64, 256, 1000, 4000}) {
-      const BackwardConfig& row = backward_row(problem(1, 1536, 2048, d_state), device);
-      EXPECT_LE(backward_shared_memory(row.warps, d_state), device.shared_memory_per_block)
-          << d_state;
+      for (const bool reverse : {false, true}) {
+        Problem each = problem(1, 1536, 2048, d_state);
+        each.reverse = reverse && d_state < 2000;
+        const BackwardConfig& row = backward_row(each, device);
+        EXPECT_LE(backward_shared_memory(row.warps, d_state), device.shared_memory_per_block)
+            << d_state;
+      }
     }
   }
   for (const BackwardConfig& row : kBackwardConfigs) {
@@ -110,7 +135,9 @@ TEST(SelectiveScanPlan, BackwardFitsTheDevicesSharedMemory) {
 TEST(SelectiveScanPlan, AForcedRowIsTakenOrRefusedWithTheReason) {
   const Problem wide = problem(8, 1536, 2048);
   for (int i = 0; i < kForwardConfigCount; ++i) {
-    EXPECT_EQ(choose_forward(wide, kH200, i), i);
+    Problem each = wide;
+    each.reverse = kForwardConfigs[i].scope == Scope::reverse;
+    EXPECT_EQ(choose_forward(each, kH200, i), i);
   }
   for (int i = 0; i < kBackwardConfigCount; ++i) {
     EXPECT_EQ(choose_backward(wide, kH200, i), i);
@@ -157,7 +184,11 @@ TEST(SelectiveScanPlan, ReadsTheProblemFromTheTensors) {
   EXPECT_EQ(read.channels_per_group(), 4);
   EXPECT_EQ(read.length, 300);
   EXPECT_EQ(read.d_state, 8);
-  EXPECT_FALSE(read.time_varying);
+  EXPECT_FALSE(read.varying_B);
+  EXPECT_TRUE(read.varying_C);
+  EXPECT_FALSE(read.packed);
+  in.seq_idx = TensorView(nullptr, DType::i32, {2, 300});
+  EXPECT_TRUE(problem_of(in).packed);
 }
 
 }  // namespace

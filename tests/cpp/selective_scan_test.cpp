@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <ostream>
 #include <random>
@@ -41,6 +42,9 @@ enum class Layout {
   expanded,       // stride 0: u over the batch, dout over everything, B and C over groups
 };
 
+// Several sequences in a batch entry, and whether they are numbered: with states of their own.
+enum class Packing { none, indices, numbered };
+
 struct Case {
   const char* name;
   std::int64_t batch = 2;
@@ -56,6 +60,9 @@ struct Case {
   bool softplus = true;
   bool initial = true;
   bool dlast = true;
+  bool reverse = false;
+  Packing packing = Packing::none;
+  bool one_step = false;  // every sequence has one
   Layout layout = Layout::contiguous;
   double delta_low = -1.0;  // before bias and softplus
   double delta_high = 1.0;
@@ -162,6 +169,177 @@ std::vector<Case> star() {
              c.layout = Layout::expanded;
              c.groups = 2;
            }),
+      with("reverse", [](Case& c) { c.reverse = true; }),
+      with("reverse_length_1",
+           [](Case& c) {
+             c.reverse = true;
+             c.length = 1;
+           }),
+      with("reverse_length_257",
+           [](Case& c) {
+             c.reverse = true;
+             c.length = 257;
+           }),
+      with("reverse_length_600",  // whole vectors, several checkpoints
+           [](Case& c) {
+             c.reverse = true;
+             c.length = 600;
+           }),
+      with("reverse_two_groups",
+           [](Case& c) {
+             c.reverse = true;
+             c.groups = 2;
+           }),
+      with("reverse_group_per_channel",
+           [](Case& c) {
+             c.reverse = true;
+             c.groups = c.channels;
+           }),
+      with("reverse_states_64",
+           [](Case& c) {
+             c.reverse = true;
+             c.states = 64;
+           }),
+      with("reverse_static_B_and_C",
+           [](Case& c) {
+             c.reverse = true;
+             c.static_B = c.static_C = true;
+           }),
+      with("reverse_channels_last",
+           [](Case& c) {
+             c.reverse = true;
+             c.layout = Layout::channels_last;
+           }),
+      with("reverse_sliced",
+           [](Case& c) {
+             c.reverse = true;
+             c.layout = Layout::sliced;
+           }),
+      with("reverse_expanded",
+           [](Case& c) {
+             c.reverse = true;
+             c.layout = Layout::expanded;
+             c.groups = 2;
+           }),
+      with("packed", [](Case& c) { c.packing = Packing::indices; }),
+      with("packed_length_600",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.length = 600;
+           }),
+      with("packed_reverse_length_600",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.length = 600;
+             c.reverse = true;
+           }),
+      with("packed_one_step_each",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.length = 40;
+             c.one_step = true;
+           }),
+      with("packed_two_groups",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.groups = 2;
+           }),
+      with("packed_group_per_channel",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.groups = c.channels;
+           }),
+      with("packed_states_64",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.length = 600;
+             c.states = 64;
+           }),
+      with("packed_static_B_and_C",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.static_B = c.static_C = true;
+           }),
+      with("packed_channels_last",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.layout = Layout::channels_last;
+           }),
+      with("packed_sliced_reverse",
+           [](Case& c) {
+             c.packing = Packing::indices;
+             c.layout = Layout::sliced;
+             c.reverse = true;
+           }),
+      with("numbered",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+           }),
+      with("numbered_length_600",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.length = 600;
+           }),
+      with("numbered_reverse_length_600",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.length = 600;
+             c.reverse = true;
+           }),
+      with("numbered_length_1",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.length = 1;
+           }),
+      with("numbered_one_step_each",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.length = 40;
+             c.one_step = true;
+           }),
+      with("numbered_states_64",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.length = 600;
+             c.states = 64;
+           }),
+      with("numbered_static_B_and_C",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.static_B = c.static_C = true;
+           }),
+      with("numbered_no_initial_state",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.initial = false;
+           }),
+      with("numbered_no_dlast_state",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.dlast = false;
+           }),
+      with("numbered_two_groups",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.groups = 2;
+           }),
+      with("numbered_channels_last_reverse",
+           [](Case& c) {
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.layout = Layout::channels_last;
+             c.reverse = true;
+           }),
   };
 }
 
@@ -199,10 +377,30 @@ Shape projection(const Case& c, bool is_static) {
   fail("unknown layout");
 }
 
+// Sequences of one step, sequences that begin and end beside the borders of tiles, sequences
+// without steps (a gap in the numbers), and at the end padding with an index that has no row.
+std::vector<double> sequence_indices(const Case& c) {
+  std::vector<double> indices;
+  for (std::int64_t b = 0; b < c.batch; ++b) {
+    double index = 0;
+    for (std::int64_t t = 0; t < c.length; ++t) {
+      const std::int64_t cuts[] = {1, 2, 60, 127, 128, 129, 255, 256, 257, 380, 512};
+      const std::int64_t place = t + 3 * b;
+      if (t > 0 && (c.one_step || std::count(std::begin(cuts), std::end(cuts), place) > 0)) {
+        index += place == 60 || place == 256 ? 2 : 1;
+      }
+      indices.push_back(c.length > 20 && t >= c.length - 5 ? -1 : index);
+    }
+  }
+  return indices;
+}
+
 struct Data {
   DType dtype = DType::f32;
   bool softplus = false;
-  Tensor u, delta, A, B, C, D, z, bias, initial, dout, dlast;
+  bool reverse = false;
+  std::int64_t sequences = 0;
+  Tensor u, delta, A, B, C, D, z, bias, initial, seq_idx, dout, dlast;
 
   // The same numbers elsewhere. Parameters and states follow as float32, or float64 with float64.
   Data to(DType type, Device device) const {
@@ -211,6 +409,8 @@ struct Data {
     const DType type_C = C.shape().sizes.size() == 2 ? sum : type;
     return {type,
             softplus,
+            reverse,
+            sequences,
             u.to(type, device),
             delta.to(type, device),
             A.to(sum, device),
@@ -220,6 +420,7 @@ struct Data {
             z.to(type, device),
             bias.to(sum, device),
             initial.to(sum, device),
+            seq_idx.to(DType::i32, device),
             dout.to(type, device),
             dlast.to(sum, device)};
   }
@@ -236,8 +437,14 @@ struct Data {
     in.delta_bias = bias.view();
     in.initial_state = initial.view();
     in.delta_softplus = softplus;
+    in.reverse = reverse;
+    in.seq_idx = seq_idx.view();
+    in.sequences = sequences;
     return in;
   }
+
+  // Of initial_state and last_state.
+  std::int64_t rows() const { return sequences > 0 ? sequences : u.shape().sizes[0]; }
 };
 
 Data make(const Case& c, DType dtype) {
@@ -250,6 +457,7 @@ Data make(const Case& c, DType dtype) {
   Data p;
   p.dtype = dtype;
   p.softplus = c.softplus;
+  p.reverse = c.reverse;
   p.u = uniform(dtype, activations(c), -1, 1);
   p.delta = uniform(dtype, activations(c), c.delta_low, c.delta_high);
   p.A = uniform(sum, {{D, N}}, c.fastest, c.slowest);
@@ -265,14 +473,25 @@ Data make(const Case& c, DType dtype) {
   if (c.bias) {
     p.bias = uniform(sum, {{D}}, -3, -1);
   }
+  if (c.packing != Packing::none) {
+    const std::vector<double> indices = sequence_indices(c);
+    p.seq_idx = Tensor::from_values(DType::i32, test::kCpu, {{B, c.length}}, indices);
+    if (c.packing == Packing::numbered) {  // and one more that has no step
+      p.sequences =
+          static_cast<std::int64_t>(*std::max_element(indices.begin(), indices.end())) + 2;
+    }
+  }
+  const std::int64_t rows = p.rows();
   if (c.initial) {
-    p.initial = uniform(
-        sum, c.layout == Layout::channels_last ? Shape{{B, D, N}, {D * N, 1, D}} : Shape{{B, D, N}},
-        -1, 1);
+    p.initial = uniform(sum,
+                        c.layout == Layout::channels_last ? Shape{{rows, D, N}, {D * N, 1, D}}
+                                                          : Shape{{rows, D, N}},
+                        -1, 1);
   }
   if (c.dlast) {
     p.dlast = uniform(
-        sum, c.layout == Layout::expanded ? Shape{{B, D, N}, {0, 0, 0}} : Shape{{B, D, N}}, -1, 1);
+        sum, c.layout == Layout::expanded ? Shape{{rows, D, N}, {0, 0, 0}} : Shape{{rows, D, N}},
+        -1, 1);
   }
   return p;
 }
@@ -301,8 +520,8 @@ Forward run_forward(const Data& p, Device device, const RunForward& run, int con
   const std::int64_t N = p.A.shape().sizes[1];
   Forward result;
   result.out = Tensor(p.dtype, device, writable(p.u));
-  result.last_state =
-      Tensor(sum, device, p.initial.present() ? writable(p.initial) : Shape{{size[0], size[1], N}});
+  result.last_state = Tensor(
+      sum, device, p.initial.present() ? writable(p.initial) : Shape{{p.rows(), size[1], N}});
   result.checkpoints =
       Tensor(sum, device, {{size[0], size[1], ceil_div(size[2], kCheckpointInterval), N}});
   ForwardParams params;
@@ -534,7 +753,8 @@ TEST_P(SelectiveScanMutation, ADroppedTermFails) {
       {"delta_bias", [](Data& p) { p.bias = Tensor(); }, &Backward::ddelta, true},
       {"softplus", [](Data& p) { p.softplus = false; }, &Backward::ddelta, true},
       {"initial_state", [](Data& p) { p.initial = Tensor(); }, &Backward::dA, true},
-      {"dlast_state", [](Data& p) { p.dlast = Tensor(); }, &Backward::dinitial, false}};
+      {"dlast_state", [](Data& p) { p.dlast = Tensor(); }, &Backward::dinitial, false},
+      {"reverse", [](Data& p) { p.reverse = true; }, &Backward::du, true}};
   for (const Mutation& mutation : mutations) {
     Data p = host.to(row.dtype, row.target.device);
     mutation.drop(p);
@@ -634,6 +854,149 @@ TEST_P(SelectiveScanIdentity, SplitWithCarriedStateIsTheWhole) {
     dA[i] += second_dA[i];
   }
   expect_near("dA", dA, all_gradients.dA.values());
+}
+
+// The last dimension backwards.
+std::vector<double> flipped(const Tensor& tensor) {
+  std::vector<double> values = tensor.values();
+  const std::int64_t length = tensor.shape().sizes.back();
+  for (auto row = values.begin(); row != values.end(); row += length) {
+    std::reverse(row, row + length);
+  }
+  return values;
+}
+
+TEST_P(SelectiveScanIdentity, ReverseIsFlipScanFlip) {
+  const Target& target = GetParam();
+  for (const std::int64_t length : {300, 600}) {
+    Data p = make(with("", [&](Case& c) { c.length = length; }), DType::f32)
+                 .to(DType::f32, target.device);
+    Data mirrored = p;
+    for (Tensor Data::* tensor :
+         {&Data::u, &Data::delta, &Data::B, &Data::C, &Data::z, &Data::dout}) {
+      mirrored.*tensor =
+          Tensor::from_values(DType::f32, target.device, (p.*tensor).shape(), flipped(p.*tensor));
+    }
+    const Forward expected = run_forward(mirrored, target.device, forward_on(target));
+    const Backward expected_gradients =
+        run_backward(mirrored, target.device, backward_on(target), expected.checkpoints);
+    p.reverse = true;
+    const Forward result = run_forward(p, target.device, forward_on(target));
+    const Backward gradients =
+        run_backward(p, target.device, backward_on(target), result.checkpoints);
+    expect_near("out", result.out.values(), flipped(expected.out));
+    expect_near("last_state", result.last_state.values(), expected.last_state.values());
+    for (Tensor Backward::* gradient :
+         {&Backward::du, &Backward::ddelta, &Backward::dB, &Backward::dC, &Backward::dz}) {
+      expect_near("gradient", (gradients.*gradient).values(),
+                  flipped(expected_gradients.*gradient));
+    }
+    for (Tensor Backward::* gradient :
+         {&Backward::dA, &Backward::dD, &Backward::dbias, &Backward::dinitial}) {
+      expect_near("gradient", (gradients.*gradient).values(),
+                  (expected_gradients.*gradient).values());
+    }
+  }
+}
+
+// Every sequence of a packed row is what a call of its own gives: outputs, gradients, its row of
+// last_state; the sums are those of all calls.
+TEST_P(SelectiveScanIdentity, PackedIsSeparate) {
+  const Target& target = GetParam();
+  for (const bool reverse : {false, true}) {
+    const Data packed = make(with("",
+                                  [&](Case& c) {
+                                    c.batch = 1;
+                                    c.length = 600;
+                                    c.packing = Packing::numbered;
+                                    c.reverse = reverse;
+                                  }),
+                             DType::f32)
+                            .to(DType::f32, target.device);
+    const Forward all = run_forward(packed, target.device, forward_on(target));
+    const Backward all_gradients =
+        run_backward(packed, target.device, backward_on(target), all.checkpoints);
+    const std::vector<double> indices = packed.seq_idx.values();
+    const auto state_row = [&](const Tensor& states, std::int64_t index) {
+      const std::vector<double> values = states.values();
+      const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(values.size()) / packed.sequences;
+      return std::vector<double>(values.begin() + index * size,
+                                 values.begin() + (index + 1) * size);
+    };
+    const std::vector<std::int64_t>& state_sizes = packed.initial.shape().sizes;
+    std::vector<double> dA(all_gradients.dA.values().size());
+    for (std::int64_t begin = 0, end; begin < 600; begin = end) {
+      end = begin + 1;
+      while (end < 600 &&
+             indices[static_cast<std::size_t>(end)] == indices[static_cast<std::size_t>(begin)]) {
+        ++end;
+      }
+      SCOPED_TRACE(testing::Message() << "steps " << begin << " to " << end);
+      const std::int64_t index =
+          static_cast<std::int64_t>(indices[static_cast<std::size_t>(begin)]);
+      Data one = cut(packed, target.device, begin, end);
+      one.seq_idx = one.initial = one.dlast = Tensor();
+      one.sequences = 0;
+      if (index >= 0) {
+        const Shape shape = {{1, state_sizes[1], state_sizes[2]}};
+        one.initial =
+            Tensor::from_values(DType::f32, target.device, shape, state_row(packed.initial, index));
+        one.dlast =
+            Tensor::from_values(DType::f32, target.device, shape, state_row(packed.dlast, index));
+      }
+      const Forward result = run_forward(one, target.device, forward_on(target));
+      const Backward gradients =
+          run_backward(one, target.device, backward_on(target), result.checkpoints);
+      expect_near("out", steps(all.out, begin, end), result.out.values());
+      for (Tensor Backward::* gradient :
+           {&Backward::du, &Backward::ddelta, &Backward::dB, &Backward::dC, &Backward::dz}) {
+        expect_near("gradient", steps(all_gradients.*gradient, begin, end),
+                    (gradients.*gradient).values());
+      }
+      if (index >= 0) {
+        expect_near("last_state", state_row(all.last_state, index), result.last_state.values());
+        expect_near("dinitial_state", state_row(all_gradients.dinitial, index),
+                    gradients.dinitial.values());
+      }
+      const std::vector<double> part = gradients.dA.values();
+      std::transform(dA.begin(), dA.end(), part.begin(), dA.begin(), std::plus<double>());
+    }
+    expect_near("dA", dA, all_gradients.dA.values());
+    // The last sequence has no steps.
+    EXPECT_EQ(state_row(all.last_state, packed.sequences - 1),
+              state_row(packed.initial, packed.sequences - 1));
+    EXPECT_EQ(state_row(all_gradients.dinitial, packed.sequences - 1),
+              state_row(packed.dlast, packed.sequences - 1));
+  }
+}
+
+// A NaN stays in its sequence.
+TEST_P(SelectiveScanIdentity, SequencesDoNotSeeEachOther) {
+  const Target& target = GetParam();
+  Data p = make(with("",
+                     [](Case& c) {
+                       c.batch = 1;
+                       c.packing = Packing::numbered;
+                     }),
+                DType::f32);
+  const std::vector<double> indices = p.seq_idx.values();
+  std::vector<double> u = p.u.values();
+  constexpr std::size_t kLength = 150, kBad = 100;
+  for (std::size_t d = 0; d < 20; ++d) {
+    u[d * kLength + kBad] = std::numeric_limits<double>::quiet_NaN();
+  }
+  p.u = Tensor::from_values(DType::f32, test::kCpu, p.u.shape(), u);
+  p = p.to(DType::f32, target.device);
+  const Forward result = run_forward(p, target.device, forward_on(target));
+  const std::vector<double> out = result.out.values();
+  const std::vector<double> du =
+      run_backward(p, target.device, backward_on(target), result.checkpoints).du.values();
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const std::size_t t = i % kLength;
+    const bool same = indices[t] == indices[kBad];
+    EXPECT_EQ(std::isnan(out[i]), same && t >= kBad) << "step " << t;
+    EXPECT_FALSE(std::isnan(du[i]) && !same) << "step " << t;
+  }
 }
 
 // Calls over nothing leave the state they began with, and gradients of zero.
@@ -758,6 +1121,16 @@ TEST(SelectiveScanOracle, ForwardByHand) {
   EXPECT_NEAR(result.last_state.values()[0], 5.25, 1e-14);
   EXPECT_EQ(result.checkpoints.values()[0], 8);
 
+  // From the last step to the first: h = 4 + 3 = 7, 3.5 + 2 = 5.5, 2.75 + 1 = 3.75.
+  p.reverse = true;
+  const Forward reversed = run_forward(p, test::kCpu, &reference::forward<double>);
+  const std::vector<double> y_reversed = {13.75, 31, 58};
+  for (std::size_t t = 0; t < y.size(); ++t) {
+    EXPECT_NEAR(reversed.out.values()[t], y_reversed[t], 1e-13);
+  }
+  EXPECT_NEAR(reversed.last_state.values()[0], 3.75, 1e-14);
+  p.reverse = false;
+
   // z = 0 closes the gate; softplus(0) = ln 2 and delta = 0 give the same scan as delta = ln 2.
   p.z = tensor({1, 1, 3}, {0, 0, 40});
   p.delta = tensor({1, 1, 3}, {-1, -1, -1});
@@ -833,6 +1206,7 @@ TEST(SelectiveScanOracle, BackwardMatchesFiniteDifferences) {
                                  c.length = 5;
                                  c.static_B = c.static_C = is_static;
                                  c.softplus = softplus;
+                                 c.reverse = is_static == softplus;
                                  c.delta_low = softplus ? -1.0 : 3.01;  // above the bias
                                  c.delta_high = softplus ? 1.0 : 3.3;
                                }),
@@ -934,6 +1308,13 @@ TEST(SelectiveScanErrors, BadInputNamesTheArgument) {
        "delta_bias must be float32"},
       {"initial shape", [](Inputs& in) { in.initial_state.size[2] = 8; },
        "initial_state must have shape (2, 20, 16)"},
+      {"seq_idx shape", [](Inputs& in) { in.seq_idx = TensorView(nullptr, DType::i32, {2, 149}); },
+       "seq_idx must have shape (2, 150)"},
+      {"seq_idx dtype", [](Inputs& in) { in.seq_idx = TensorView(nullptr, DType::i64, {2, 150}); },
+       "seq_idx must be int32"},
+      {"sequences without seq_idx", [](Inputs& in) { in.sequences = 3; },
+       "with sequences, u must have batch 1 and seq_idx must say"},
+      {"sequences below 0", [](Inputs& in) { in.sequences = -1; }, "sequences must be 0 or"},
       {"device", [](Inputs& in) { in.z.device = test::kCuda; }, "z must be on cpu"},
       {"no memory", [](Inputs& in) { in.B.data = nullptr; }, "B has no memory"},
       {"negative stride", [](Inputs& in) { in.u.stride[2] = -1; }, "u has a negative stride"},
@@ -1106,6 +1487,44 @@ TEST_P(SelectiveScanCudaConfig, MatchesTheOracle) {
                  expected, DType::f32);
   }
   EXPECT_GT(ran, 0) << "no problem of the star can run this row";
+}
+
+// Sums in a fixed order are the same sums, and the same bits every time.
+Backward run_ordered(const Data& p, const Tensor& checkpoints) {
+  Tensor workspace;
+  return run_backward(
+      p, test::kCuda,
+      [&](const BackwardParams& atomic) {
+        BackwardParams params = atomic;
+        params.deterministic = true;
+        workspace = Tensor(DType::f32, test::kCuda, {{backward_workspace(params)}});
+        params.workspace = workspace.view();
+        backward(params);
+      },
+      checkpoints);
+}
+
+TEST(SelectiveScanCuda, OrderedSumsMatchTheOracleAndRepeatThemselves) {
+  const std::string reason = test::cuda_unavailable();
+  if (!reason.empty()) {
+    GTEST_SKIP() << reason;
+  }
+  for (const Case& c : star()) {
+    SCOPED_TRACE(c.name);
+    const Data host = make(c, DType::f32);
+    const Data p = host.to(DType::f32, test::kCuda);
+    const Tensor checkpoints =
+        run_forward(p, test::kCuda, [](const ForwardParams& q) { forward(q); }).checkpoints;
+    const Backward once = run_ordered(p, checkpoints);
+    expect_close(once, Expected(host), DType::f32);
+    const Backward again = run_ordered(p, checkpoints);
+    for (const auto sum : {&Backward::dA, &Backward::dB, &Backward::dC, &Backward::dD,
+                           &Backward::dbias, &Backward::dinitial}) {
+      if ((once.*sum).present()) {
+        EXPECT_EQ((once.*sum).values(), (again.*sum).values());
+      }
+    }
+  }
 }
 
 std::string config_name(const testing::TestParamInfo<int>& info) {

@@ -11,14 +11,15 @@
 #include <ATen/DynamicLibrary.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
-// Calls an operation with arguments by name; those left out are None or false.
+// Calls an operation with arguments by name; those left out are their default, None or false.
 std::vector<c10::IValue> call(const char* name, const std::map<std::string, c10::IValue>& given) {
   const auto operation = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   std::vector<c10::IValue> stack;
   for (const c10::Argument& argument : operation.schema().arguments()) {
     const bool flag = argument.type()->kind() == c10::TypeKind::BoolType;
+    const c10::IValue none = flag ? c10::IValue(false) : c10::IValue();
     const auto found = given.find(argument.name());
-    stack.push_back(found != given.end() ? found->second : flag ? false : c10::IValue());
+    stack.push_back(found != given.end() ? found->second : argument.default_value().value_or(none));
   }
   operation.callBoxed(stack);  // c10::Error where an argument does not fit
   return stack;

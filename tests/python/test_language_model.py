@@ -9,6 +9,7 @@ import torch
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, create_block
 from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.modules.mha import MHA
 from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 
 
@@ -178,5 +179,47 @@ def test_create_block():
     assert create_block(32, None).mlp is None
     with pytest.raises(ValueError, match="Mamba17"):
         create_block(32, ssm_cfg={"layer": "Mamba17"})
-    with pytest.raises(NotImplementedError, match="attn_layer_idx"):
-        create_block(32, attn_layer_idx=[0], layer_idx=0)
+    attention = {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 4, "causal": True}}
+    kinds = [type(create_block(32, layer_idx=i, **attention).mixer) for i in range(3)]
+    assert kinds == [Mamba, MHA, Mamba]
+
+
+HYBRID = {
+    "n_layer": 3,
+    "attn_layer_idx": [1],
+    "attn_cfg": {
+        "num_heads": 4,
+        "num_heads_kv": 2,
+        "causal": True,
+        "d_conv": 4,
+        "rotary_emb_dim": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("cg", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_hybrid_models_decode_like_the_forward_pass(device, cg):
+    if cg and device == "cpu":
+        pytest.skip("graphs are CUDA's")
+    model = MambaLMHeadModel(small(**HYBRID), initializer_cfg={"initializer_range": 0.5}).to(device)
+    teacher = torch.randint(0, 61, (3, 20), device=device)
+    output = model.generate(
+        teacher[:, :9],
+        20,
+        teacher_outputs=teacher,
+        cg=cg,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    with torch.no_grad():
+        whole = model(teacher).logits[:, 8:-1]
+    torch.testing.assert_close(torch.stack(output.scores, dim=1), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_evaluation_harness_calls(tmp_path):
+    """Positional name, device and dtype by name, everything else to generate()."""
+    MambaLMHeadModel(small()).save_pretrained(tmp_path)
+    model = MambaLMHeadModel.from_pretrained(str(tmp_path), device="cpu", dtype=torch.float32)
+    tokens = torch.randint(0, 61, (2, 5))
+    out = model.generate(input_ids=tokens, max_length=9, temperature=1.0, top_k=1)
+    assert out.shape == (2, 9) and torch.equal(out[:, :5], tokens)

@@ -1,5 +1,8 @@
 """selective_scan_fn against the reference, its identities and its graph."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 from compare import DTYPES, judge
@@ -9,6 +12,14 @@ from mamba_ssm.ops.selective_scan_interface import (
     selective_scan_fn,
     selective_scan_ref,
 )
+from mamba_ssm.utils.determinism import set_deterministic_mode
+
+
+@pytest.fixture
+def deterministic():
+    set_deterministic_mode(True)
+    yield
+    set_deterministic_mode(None)
 
 
 def problem(
@@ -43,7 +54,7 @@ def problem(
         "D": randn(dim, dtype=state),
         "z": randn(batch, dim, length),
         "delta_bias": randn(dim, dtype=state) - 1.0,
-        "initial_state": randn(batch, dim, d_state, dtype=state),
+        "initial_states": randn(batch, dim, d_state, dtype=state),
     }
     if layout == "time last but not dense":
         tensors["u"] = randn(batch, 2 * dim, length + 3)[:, dim:, 3:]
@@ -56,24 +67,28 @@ def problem(
     return {name: None if name in absent else tensor for name, tensor in tensors.items()}
 
 
-def plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_state):
+def plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, reverse=False, seq_idx=None):
     """The formula one step at a time: parameters' gradients are summed over time in order, in the inputs' dtype.
 
     Autograd sums the reference's in pairs, which no kernel can afford and which would be too fine a yardstick.
     """
     batch, dim, length = u.shape
     repeat = [t.repeat_interleave(dim // t.shape[1], dim=1) if t.dim() == 4 else t for t in (B, C)]
-    state = initial_state if initial_state is not None else u.new_zeros(batch, *A.shape)
-    outs = []
-    for t in range(length):
+    state = initial_states if initial_states is not None else u.new_zeros(batch, *A.shape)
+    outs = [None] * length
+    order = range(length - 1, -1, -1) if reverse else range(length)
+    for t in order:
+        if seq_idx is not None and t != order[0]:
+            same = seq_idx[:, t] == seq_idx[:, t - order.step]
+            state = torch.where(same[:, None, None], state, 0)
         step = delta[..., t] if delta_bias is None else delta[..., t] + delta_bias
         step = torch.nn.functional.softplus(step, threshold=20.0).unsqueeze(-1)
         b, c = (p[..., t] if p.dim() == 4 else p for p in repeat)
         state = torch.exp(step * A) * state + step * b * u[..., t, None]
         y = (state * c).sum(-1)
         y = y if D is None else y + D * u[..., t]
-        outs.append(y if z is None else y * torch.nn.functional.silu(z[..., t]))
-    return torch.stack(outs, -1), state
+        outs[t] = y if z is None else y * torch.nn.functional.silu(z[..., t])
+    return torch.stack(outs, -1) if length else u, state
 
 
 # Each row changes one thing of the base.
@@ -101,10 +116,13 @@ ROWS = {
     "no D": {"absent": ("D",)},
     "no gate": {"absent": ("z",)},
     "no bias": {"absent": ("delta_bias",)},
-    "no initial state": {"absent": ("initial_state",)},
-    "bare": {"absent": ("D", "z", "delta_bias", "initial_state")},
+    "no initial state": {"absent": ("initial_states",)},
+    "bare": {"absent": ("D", "z", "delta_bias", "initial_states")},
     "slices and transposes": {"layout": "time last but not dense"},
     "stride 0": {"layout": "stride 0"},
+    "reverse": {"reverse": True},
+    "reverse, slices and transposes": {"reverse": True, "layout": "time last but not dense"},
+    "reverse, several checkpoints": {"reverse": True, "length": 777},
 }
 CASES = [(row, dtype) for row in ROWS for dtype in ("f32", "bf16")] + [
     ("base", "f16"),
@@ -116,14 +134,16 @@ CASES = [(row, dtype) for row in ROWS for dtype in ("f32", "bf16")] + [
 def test_outputs_and_gradients(device, row, dtype):
     if device == "cuda" and dtype == "f64":
         pytest.skip("CUDA has no float64 kernels")
-    options = {"delta_softplus": True, "return_last_state": True}
+    changes = dict(ROWS[row])
+    reverse = changes.pop("reverse", False)
+    options = {"delta_softplus": True, "return_last_state": True, "reverse": reverse}
     judge(
         "selective_scan",
         dtype,
         lambda **tensors: selective_scan_fn(**tensors, **options),
         lambda **tensors: selective_scan_ref(**tensors, **options),
-        problem(device, DTYPES[dtype], **ROWS[row]),
-        plain_scan,
+        problem(device, DTYPES[dtype], **changes),
+        functools.partial(plain_scan, reverse=reverse),
     )
 
 
@@ -139,12 +159,13 @@ def test_without_softplus_and_without_last_state(device):
     )
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("route", ["eager", "registered"])
 @pytest.mark.parametrize(
-    "absent", [(), ("D", "z", "delta_bias", "initial_state")], ids=["all", "bare"]
+    "absent", [(), ("D", "z", "delta_bias", "initial_states")], ids=["all", "bare"]
 )
 @pytest.mark.parametrize("static", [(), ("B", "C")], ids=["varying", "static"])
-def test_gradcheck(route, absent, static):
+def test_gradcheck(route, absent, static, reverse):
     tensors = problem(
         dtype=torch.float64, dim=4, length=5, d_state=3, groups=2, static=static, absent=absent
     )
@@ -153,8 +174,10 @@ def test_gradcheck(route, absent, static):
     def function(*values):
         given = tensors | dict(zip(names, values, strict=True))
         if route == "eager":
-            return selective_scan_fn(**given, delta_softplus=True, return_last_state=True)
-        return ops.selective_scan_forward(*given.values(), True)[:2]
+            return selective_scan_fn(
+                **given, delta_softplus=True, return_last_state=True, reverse=reverse
+            )
+        return ops.selective_scan_forward(*given.values(), True, reverse=reverse)[:2]
 
     assert torch.autograd.gradcheck(function, [tensors[name].requires_grad_() for name in names])
 
@@ -178,16 +201,203 @@ def test_split_with_carried_state_is_the_whole(device):
     tensors = problem(device, length=301)
     options = {"delta_softplus": True, "return_last_state": True}
     whole, last = selective_scan_fn(**tensors, **options)
-    state, parts = tensors["initial_state"], []
+    state, parts = tensors["initial_states"], []
     for begin, end in ((0, 1), (1, 130), (130, 301)):
         part = {
             name: t[..., begin:end] if name in ("u", "delta", "B", "C", "z") else t
             for name, t in tensors.items()
         }
-        out, state = selective_scan_fn(**(part | {"initial_state": state}), **options)
+        out, state = selective_scan_fn(**(part | {"initial_states": state}), **options)
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, -1), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+TIMED = ("u", "delta", "B", "C", "z")  # what has a time axis
+
+
+def flipped(tensors):
+    return {name: t.flip(-1) if name in TIMED and t.dim() > 2 else t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("length", [1, 77, 264, 600])
+@pytest.mark.parametrize("static", [(), ("B", "C")], ids=["varying", "static"])
+def test_reverse_is_flip_scan_flip(device, dtype, length, static):
+    tensors = problem(device, DTYPES[dtype], length=length, static=static)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    options = {"delta_softplus": True, "return_last_state": True}
+    out, last = selective_scan_fn(**leaves, **options, reverse=True)
+    flipped_out, expected_last = selective_scan_fn(**flipped(leaves), **options)
+    expected_out = flipped_out.flip(-1)
+    cotangents = torch.randn_like(out), torch.randn_like(last)
+    results, expected = (
+        [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
+        for outputs in ((out, last), (expected_out, expected_last))
+    )
+    for result, wanted in zip(results, expected, strict=True):
+        # CUDA sums across channels in any order, which may turn one rounding of a bfloat16 gradient.
+        rtol = 1e-3 if result.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(result, wanted, rtol=rtol, atol=1e-4 * wanted.abs().max().item())
+
+
+LENGTHS = {
+    "one sequence": [70],
+    "one step each": [1] * 9,
+    "empty ones first, between and last": [0, 5, 0, 0, 1, 30, 0],
+    "beside the borders of tiles": [1, 126, 1, 1, 127, 1, 255, 256, 9],
+}
+
+
+def sequences(device, lengths, padding=0, **changes):
+    """(inputs of one packed row, its cu_seqlens); `initial_states` has a row for each sequence."""
+    tensors = problem(device, batch=1, length=sum(lengths) + padding, **changes)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    if tensors["initial_states"] is not None:
+        shape = (len(lengths), *tensors["initial_states"].shape[1:])
+        tensors["initial_states"] = torch.randn(shape, device=device).to(tensors["A"].dtype)
+    return tensors, bounds
+
+
+def separate(function, tensors, bounds, **options):
+    """One call for each sequence, empty ones too: (out, last_state) put together."""
+    outs, last_states = [], []
+    for s, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        part = {
+            name: t[..., begin:end] if name in TIMED and t is not None and t.dim() > 2 else t
+            for name, t in tensors.items()
+        }
+        if part["initial_states"] is not None:
+            part["initial_states"] = part["initial_states"][s : s + 1]
+        out, last_state = function(**part, **options, return_last_state=True)
+        outs.append(out)
+        last_states.append(last_state)
+    return torch.cat(outs, -1), torch.cat(last_states)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_packed_is_separate(device, dtype, lengths, reverse):
+    tensors, bounds = sequences(device, lengths, dtype=DTYPES[dtype])
+    judge(
+        "selective_scan",
+        dtype,
+        lambda **t: selective_scan_fn(
+            **t,
+            delta_softplus=True,
+            return_last_state=True,
+            cu_seqlens=bounds,
+            reverse=reverse,
+        ),
+        lambda **t: separate(
+            selective_scan_ref, t, bounds.cpu(), delta_softplus=True, reverse=reverse
+        ),
+        tensors,
+        lambda **t: separate(
+            lambda return_last_state, **part: plain_scan(**part), t, bounds.cpu(), reverse=reverse
+        ),
+    )
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("static", [(), ("B", "C")], ids=["varying", "static"])
+def test_indices_of_every_batch_entry(device, static, reverse):
+    tensors = problem(device, length=300, static=static)
+    seq_idx = torch.zeros(2, 300, dtype=torch.int32, device=device)
+    seq_idx[0, 100:] = 1
+    seq_idx[0, 255:] = 7
+    seq_idx[1, 256:] = -1
+    options = {"delta_softplus": True, "return_last_state": True, "reverse": reverse}
+    judge(
+        "selective_scan",
+        "f32",
+        lambda **t: selective_scan_fn(**t, **options, seq_idx=seq_idx),
+        lambda **t: selective_scan_ref(**t, **options, seq_idx=seq_idx.cpu()),
+        tensors,
+        functools.partial(plain_scan, reverse=reverse, seq_idx=seq_idx.cpu()),
+    )
+
+
+@pytest.mark.parametrize("route", ["eager", "registered"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_gradcheck_packed(route, reverse):
+    tensors, bounds = sequences("cpu", [2, 0, 1, 3], 1, dtype=torch.float64, dim=2, d_state=2)
+    index = torch.tensor([[0, 0, 2, 3, 3, 3, 4]], dtype=torch.int32)
+
+    def function(*values):
+        given = dict(zip(tensors, values, strict=True))
+        if route == "eager":
+            return selective_scan_fn(
+                **given,
+                delta_softplus=True,
+                return_last_state=True,
+                cu_seqlens=bounds,
+                reverse=reverse,
+            )
+        return ops.selective_scan_forward(*values, True, index, 4, reverse)[:2]
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
+
+
+def test_steps_beyond_the_last_sequence_are_padding(device):
+    tensors, bounds = sequences(device, [6, 4], padding=5)
+    tensors["u"][..., 10:] = float("nan")
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    options = {"delta_softplus": True, "return_last_state": True, "cu_seqlens": bounds}
+    out, last = selective_scan_fn(**leaves, **options)
+    cut = {name: t[..., :10] if name in TIMED else t for name, t in leaves.items()}
+    expected_out, expected_last = selective_scan_fn(**cut, **options)
+    torch.testing.assert_close(out[..., :10], expected_out)
+    torch.testing.assert_close(last, expected_last)
+    gradients = torch.autograd.grad(
+        out[..., :10].square().sum() + last.sum(), [leaves["initial_states"], leaves["delta"]]
+    )
+    expected = torch.autograd.grad(
+        expected_out.square().sum() + expected_last.sum(),
+        [leaves["initial_states"], leaves["delta"]],
+    )
+    torch.testing.assert_close(gradients[0], expected[0])
+    torch.testing.assert_close(gradients[1][..., :10], expected[1][..., :10])
+
+
+def test_int64_lengths_are_as_good(device):
+    tensors, bounds = sequences(device, [3, 0, 9])
+    results = (
+        selective_scan_fn(**tensors, return_last_state=True, cu_seqlens=each)
+        for each in (bounds, bounds.long())
+    )
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"cu_seqlens": torch.tensor([0.0, 12.0])}, TypeError, "int32 or int64, got torch.float32"),
+        ({"cu_seqlens": torch.tensor([0])}, ValueError, "must have shape"),
+        ({"cu_seqlens": torch.tensor([[0, 12]])}, ValueError, "must have shape"),
+        ({"cu_seqlens": torch.tensor([1, 12])}, ValueError, "must start at 0"),
+        ({"cu_seqlens": torch.tensor([0, 9, 5, 12])}, ValueError, "never fall"),
+        ({"cu_seqlens": torch.tensor([0, 13])}, ValueError, "12 steps at most"),
+        (
+            {"cu_seqlens": torch.tensor([0, 12]), "seq_idx": torch.zeros(1, 12)},
+            ValueError,
+            "seq_idx or cu_seqlens, got both",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 3, 12])}, RuntimeError, "initial_state must have shape"),
+        ({"seq_idx": torch.zeros(1, 12)}, RuntimeError, "seq_idx must be int32"),
+        ({"seq_idx": torch.zeros(1, 11, dtype=torch.int32)}, RuntimeError, "seq_idx must have"),
+    ],
+)
+def test_bad_packing_is_refused_by_name(change, error, message):
+    with pytest.raises(error, match=message):
+        selective_scan_fn(**problem(batch=1, length=12), **change)
+
+
+def test_batch_with_lengths_is_refused():
+    with pytest.raises(ValueError, match="with u of batch 1"):
+        selective_scan_fn(**problem(length=12), cu_seqlens=torch.tensor([0, 12]))
 
 
 def test_three_dimensional_projection_is_one_group(device):
@@ -214,7 +424,7 @@ def test_empty(device, size):
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
     out, last = selective_scan_fn(**tensors, return_last_state=True)
     assert out.shape == tensors["u"].shape
-    torch.testing.assert_close(last, tensors["initial_state"])
+    torch.testing.assert_close(last, tensors["initial_states"])
     (out.sum() + last.sum()).backward()
     assert all(t.grad is None or t.grad.shape == t.shape for t in tensors.values())
     assert tensors["A"].grad.abs().sum() == 0
@@ -228,16 +438,62 @@ def test_gradient_of_the_last_state_alone(device):
     assert gradient.abs().sum() > 0
 
 
-def test_compiles_to_one_graph(device):
-    tensors = {name: t.requires_grad_() for name, t in problem(device, length=33).items()}
+@pytest.mark.parametrize("packed", [False, True], ids=["one sequence", "several, in reverse"])
+def test_compiles_to_one_graph(device, packed):
+    options = {"delta_softplus": True, "return_last_state": True}
+    if packed:
+        tensors, bounds = sequences(device, [13, 0, 20])
+        options |= {"cu_seqlens": bounds, "reverse": True}
+    else:
+        tensors = problem(device, length=33)
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
     function = torch.compile(selective_scan_fn, fullgraph=True, backend="aot_eager")
     results = []
     for candidate in (selective_scan_fn, function):
-        out, last = candidate(**tensors, delta_softplus=True, return_last_state=True)
+        out, last = candidate(**tensors, **options)
         gradients = torch.autograd.grad(out.square().sum() + last.sum(), list(tensors.values()))
         results.append((out, last, *gradients))
     for expected, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, expected)
+
+
+def gradients_of(tensors, **options):
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    out, last = selective_scan_fn(**leaves, delta_softplus=True, return_last_state=True, **options)
+    wanted = torch.autograd.grad(out.square().sum() + last.sum(), list(leaves.values()))
+    return [out, last, *wanted]
+
+
+@pytest.mark.parametrize("case", ["several groups", "static", "packed, in reverse"])
+def test_deterministic_mode_repeats_its_bits(device, deterministic, case):
+    changes = {"batch": 3, "dim": 96, "length": 700}
+    options = {}
+    if case == "static":
+        changes["static"] = ("B", "C")
+    elif case == "several groups":
+        changes["groups"] = 8
+    else:
+        index = torch.arange(700, device=device, dtype=torch.int32) // 130
+        options = {"reverse": True, "seq_idx": index.expand(3, -1)}
+    tensors = problem(device, torch.bfloat16, **changes)
+    first = gradients_of(tensors, **options)
+    for _ in range(99 if device == "cuda" else 2):
+        for once, again in zip(first, gradients_of(tensors, **options), strict=True):
+            assert torch.equal(once, again)
+
+
+@pytest.mark.gpu
+def test_deterministic_sums_go_through_segments_of_time(deterministic):
+    """Workspaces stay near 256 MB: here those of 20 tiles of 256 steps would be larger."""
+    tensors = problem("cuda", torch.float32, dim=2048, length=20 * 256 - 3)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    got = gradients_of(tensors)
+    tensors_alone = sum(t.nbytes for t in got) * 4
+    assert torch.cuda.max_memory_allocated() - before < tensors_alone + (300 << 20)
+    set_deterministic_mode(False)
+    for one, other in zip(got, gradients_of(tensors), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
 
 
 def test_apply_takes_upstreams_positional_arguments(device):

@@ -14,6 +14,7 @@ from torch import nn
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.modules.block import Block
 from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.modules.mha import MHA
 from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn
 from mamba_ssm.utils.generation import GenerationMixin
@@ -38,22 +39,26 @@ def create_block(
     device=None,
     dtype=None,
 ):
-    """A Block of width d_model. ssm_cfg: "layer" (default "Mamba1") and the mixer's arguments."""
+    """A Block of width d_model. ssm_cfg: "layer" (default "Mamba1") and the mixer's arguments.
+
+    attn_layer_idx: layers whose mixer is attention instead; attn_cfg: the arguments of `MHA`.
+    """
     if d_intermediate is None or isinstance(d_intermediate, dict):
         d_intermediate, ssm_cfg = 0, d_intermediate  # the second argument before mamba_ssm 2
-    if attn_layer_idx:
-        raise NotImplementedError("attn_layer_idx: attention layers are not part of this version")
     factory = {"device": device, "dtype": dtype}
     ssm_cfg = copy.deepcopy(ssm_cfg) or {}
     layer = ssm_cfg.pop("layer", "Mamba1")
     if layer not in MIXERS:
         raise ValueError(f'ssm_cfg["layer"] must be one of {sorted(MIXERS)}, got {layer!r}')
+    mixer_cls, mixer_cfg = MIXERS[layer], ssm_cfg
+    if layer_idx in (attn_layer_idx or ()):
+        mixer_cls, mixer_cfg = MHA, attn_cfg or {}
     mlp_cls = nn.Identity
     if d_intermediate:
         mlp_cls = partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **factory)
     block = Block(
         d_model,
-        partial(MIXERS[layer], layer_idx=layer_idx, **ssm_cfg, **factory),
+        partial(mixer_cls, layer_idx=layer_idx, **mixer_cfg, **factory),
         mlp_cls,
         norm_cls=partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **factory),
         fused_add_norm=fused_add_norm,

@@ -130,17 +130,25 @@ class Mamba(nn.Module):
             xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
         return xz
 
-    def forward(self, hidden_states, inference_params=None):
-        """(B, L, d_model) -> (B, L, d_model); with inference_params the cache is written or continued."""
+    def forward(self, hidden_states, inference_params=None, seq_idx=None):
+        """(B, L, d_model) -> (B, L, d_model); with inference_params the cache is written or continued.
+
+        seq_idx: (B, L) int32, for sequences packed behind each other: the sequence of each token. Sequences do not
+        see each other. Not with inference_params, whose cache has room for one sequence a row.
+        """
         conv_state = ssm_state = None
         if inference_params is not None:
+            if seq_idx is not None:
+                raise ValueError(
+                    "seq_idx packs sequences, and a cache has room for one a row: give one of both"
+                )
             batch = hidden_states.shape[0]
             conv_state, ssm_state = self._get_states_from_cache(inference_params, batch)
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, conv_state, ssm_state)[0]
 
         xz = self._input(hidden_states)
-        if self.use_fast_path and inference_params is None:
+        if self.use_fast_path and inference_params is None and seq_idx is None:
             A, D, dt_bias = scan_parameters(self.A_log, self.D, self.dt_proj)
             return mamba_inner_fn(
                 xz,
@@ -159,7 +167,11 @@ class Mamba(nn.Module):
         if conv_state is not None:
             conv_state.copy_(F.pad(x, (self.d_conv - x.shape[2], 0)))
         x = causal_conv1d_fn(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.activation
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            seq_idx=seq_idx,
+            activation=self.activation,
         )
         y = scan_projected(
             x,
@@ -169,6 +181,7 @@ class Mamba(nn.Module):
             self.A_log,
             self.D,
             return_last_state=ssm_state is not None,
+            seq_idx=seq_idx,
         )
         if ssm_state is not None:
             y, last_state = y

@@ -3,18 +3,34 @@
 import torch
 
 from mamba_ssm.native.loader import operation
+from mamba_ssm.utils.determinism import use_deterministic_mode
 
 CHECKPOINT_INTERVAL = 256  # steps between two stored states
 
 
-def _forward_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus):
+def _forward_fake(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    initial_state,
+    delta_softplus,
+    seq_idx=None,
+    sequences=0,
+    reverse=False,
+):
     batch, dim, length = u.shape
     d_state = A.shape[1]
     blocks = (length + CHECKPOINT_INTERVAL - 1) // CHECKPOINT_INTERVAL
     state_dtype = torch.promote_types(u.dtype, torch.float32)
+    rows = batch if sequences == 0 else sequences
     return (
         u.new_empty(u.shape),
-        u.new_empty((batch, dim, d_state), dtype=state_dtype),
+        u.new_empty((rows, dim, d_state), dtype=state_dtype),
         u.new_empty((batch, dim, blocks, d_state), dtype=state_dtype),
     )
 
@@ -33,6 +49,10 @@ def _backward_fake(
     initial_state,
     checkpoints,
     delta_softplus,
+    seq_idx=None,
+    sequences=0,
+    reverse=False,
+    deterministic=False,
 ):
     def like(tensor, dtype):
         return u.new_empty(0 if tensor is None else tensor.shape, dtype=dtype)
@@ -45,18 +65,20 @@ def _backward_fake(
 
 def setup_context(ctx, inputs, output):
     """Keeps what `backward` needs; inputs and output are those of `selective_scan_forward`."""
-    *tensors, ctx.delta_softplus = inputs
+    *tensors, ctx.delta_softplus, seq_idx, ctx.sequences, ctx.reverse = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, seq_idx, output[2])
 
 
 def backward(ctx, dout, dlast_state=None, _=None):
     """Gradients in the order of `selective_scan_forward`'s arguments."""
-    *tensors, checkpoints = ctx.saved_tensors
+    *tensors, seq_idx, checkpoints = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(tensors[0])
-    grads = selective_scan_backward(dout, dlast_state, *tensors, checkpoints, ctx.delta_softplus)
-    return *(None if t is None else grad for t, grad in zip(tensors, grads, strict=True)), None
+    options = (ctx.delta_softplus, seq_idx, ctx.sequences, ctx.reverse, use_deterministic_mode())
+    grads = selective_scan_backward(dout, dlast_state, *tensors, checkpoints, *options)
+    grads = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
+    return *grads, None, None, None, None
 
 
 selective_scan_backward = operation("selective_scan_backward", _backward_fake)

@@ -72,8 +72,8 @@ def _part(result, shapes, letters, size):
     return result.unflatten(axis, (size, result.shape[axis] // size)), axis
 
 
-def _choose(arguments, results):
-    """The letters of the axes that can take the mapped dimension in, or None.
+def _choose(joins, arguments, results):
+    """The letters, one of joins, of the axes that can take the mapped dimension in, or None.
 
     arguments: (axes, is mapped) of each tensor. Every mapped tensor needs such an axis, and so does every result:
     an operation sums over what a result lacks.
@@ -82,7 +82,7 @@ def _choose(arguments, results):
     def has(axes, letters):
         return any(letter in axes for letter in letters)
 
-    for letters in _JOINS:
+    for letters in joins:
         mapped = all(has(axes, letters) for axes, is_mapped in arguments if is_mapped)
         if mapped and all(has(axes, letters) for shape in results for axes in shape.split("|")):
             return letters
@@ -139,8 +139,13 @@ def register(operation, setup_context=None, backward=None):
             is_tensor = isinstance(arg, torch.Tensor)
             one = arg if dim is None else arg.select(dim, 0)
             shapes.append(_axes(expected.get(argument, ""), one) if is_tensor else "")
+        # Sequences of cu_seqlens lie in a batch of one, and have rows of their own in the states.
+        packed = dict(zip(names, args, strict=False)).get("sequences", 0) != 0
+        joins = [letters for letters in _JOINS if letters != "b" or not packed]
         letters = results and _choose(
-            [(axes, dim is not None) for axes, dim in zip(shapes, in_dims, strict=True)], results
+            joins,
+            [(axes, dim is not None) for axes, dim in zip(shapes, in_dims, strict=True)],
+            results,
         )
         if not letters:
             return _loop(operation, size, in_dims, args)

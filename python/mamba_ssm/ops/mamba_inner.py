@@ -14,6 +14,7 @@ from mamba_ssm.native import vmap
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
+from mamba_ssm.utils.determinism import use_deterministic_mode
 
 
 def rms_norm_forward(x, weight, bias, eps=1e-6, is_rms_norm=True):
@@ -99,43 +100,20 @@ def _scan_inputs(A, eps, u, x_proj, delta_proj, B, C, B_bias, C_bias, b_rms, c_r
     return delta, projection(B, b, B_bias, b_rms), projection(C, c, C_bias, c_rms)
 
 
-def _flip(tensor, complex_steps=False):
-    """Reverses time. A static B or C has none."""
-    if tensor is None or tensor.dim() == 2:
-        return tensor
-    if complex_steps:
-        return tensor.unflatten(-1, (-1, 2)).flip(-2).flatten(-2)
-    return tensor.flip(-1)
-
-
 def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
     """The gated scan, and the states that its backward pass starts from."""
-    if reverse:
-        pairs = A.is_complex()
-        u, delta, B, C, z = _flip(u), _flip(delta), _flip(B, pairs), _flip(C, pairs), _flip(z)
     out, _, checkpoints = native.selective_scan_forward(
-        u, delta, A, B, C, D, z, delta_bias, None, softplus
+        u, delta, A, B, C, D, z, delta_bias, None, softplus, None, 0, reverse
     )
-    return _flip(out) if reverse else out, checkpoints
+    return out, checkpoints
 
 
 def _scan_backward(dout, u, delta, A, B, C, D, z, delta_bias, checkpoints, softplus, reverse):
     """Gradients of u, delta, B, C, D, z, delta_bias and A."""
-    pairs = A.is_complex()
-    if reverse:
-        u, delta, B, C, z = _flip(u), _flip(delta), _flip(B, pairs), _flip(C, pairs), _flip(z)
-        dout = _flip(dout)
+    tensors = (dout, None, u, delta, A, B, C, D, z, delta_bias, None, checkpoints)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, _ = native.selective_scan_backward(
-        dout, None, u, delta, A, B, C, D, z, delta_bias, None, checkpoints, softplus
+        *tensors, softplus, None, 0, reverse, use_deterministic_mode()
     )
-    if reverse:
-        du, ddelta, dB, dC, dz = (
-            _flip(du),
-            _flip(ddelta),
-            _flip(dB, pairs),
-            _flip(dC, pairs),
-            _flip(dz),
-        )
     return du, ddelta, dB, dC, dD, dz, ddelta_bias, dA
 
 
@@ -302,19 +280,8 @@ def _plain_graph(
     delta, B, C = _scan_inputs(A, b_c_dt_rms_eps, u, *projections)
     y = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if A_b is not None:
-        pairs = A.is_complex()
-        y_b = selective_scan_fn(
-            _flip(u),
-            _flip(delta),
-            A_b,
-            _flip(B, pairs),
-            _flip(C, pairs),
-            D,
-            _flip(z),
-            delta_bias,
-            delta_softplus,
-        )
-        y = y + _flip(y_b)
+        tensors = (u, delta, A_b, B, C, D, z, delta_bias)
+        y = y + selective_scan_fn(*tensors, delta_softplus, reverse=True)
     if out_proj_weight is None:
         return y
     return _Project.apply(out_proj_weight, y, out_proj_bias, True)
@@ -609,9 +576,8 @@ def bimamba_inner_ref(
     C = projection(C, x_dbl[..., -width:], C_proj_bias)
     y = selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if A_b is not None:
-        pairs = A.is_complex()
-        flipped = (_flip(u), _flip(delta), A_b, _flip(B, pairs), _flip(C, pairs), D, _flip(z))
-        y = y + selective_scan_ref(*flipped, delta_bias, delta_softplus).flip(-1)
+        tensors = (u, delta, A_b, B, C, D, z, delta_bias)
+        y = y + selective_scan_ref(*tensors, delta_softplus, reverse=True)
     return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 

@@ -1,5 +1,7 @@
 """The selective scan of Mamba-1 as a differentiable function, and the same formula in plain PyTorch."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -24,9 +26,13 @@ class SelectiveScanFn(torch.autograd.Function):
         delta_bias=None,
         delta_softplus=False,
         return_last_state=False,
-        initial_state=None,
+        initial_states=None,
+        seq_idx=None,
+        sequences=0,
+        reverse=False,
     ):
-        inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+        tensors = (u, delta, A, B, C, D, z, delta_bias, initial_states)
+        inputs = (*tensors, delta_softplus, seq_idx, sequences, reverse)
         output = native.selective_scan_forward(*inputs)
         native.setup_context(ctx, inputs, output)
         return output[:2] if return_last_state else output[0]
@@ -34,8 +40,8 @@ class SelectiveScanFn(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlast_state=None):
-        *grads, dinitial_state, _ = native.backward(ctx, dout, dlast_state)
-        return *grads, None, None, dinitial_state
+        *grads, dinitial_states = native.backward(ctx, dout, dlast_state)[:9]
+        return *grads, None, None, dinitial_states, None, None, None
 
 
 def _unit_stride(tensor):
@@ -50,6 +56,30 @@ def _projection(tensor, dtype):
     return _unit_stride(tensor.unsqueeze(1) if tensor.dim() == 3 else tensor)
 
 
+def _sequence_of_steps(cu_seqlens, u):
+    """(seq_idx, number of sequences): steps beyond the last sequence have that number as index."""
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or u.shape[0] != 1:
+        raise ValueError(
+            "selective_scan_fn: cu_seqlens must have shape (sequences + 1) with u of batch 1, "
+            f"got shape {tuple(cu_seqlens.shape)} and u of shape {tuple(u.shape)}"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"selective_scan_fn: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}"
+        )
+    if not vmap.through_dispatcher() and cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > u.shape[2]:
+            raise ValueError(
+                "selective_scan_fn: cu_seqlens must start at 0, never fall and end at "
+                f"{u.shape[2]} steps at most, got {bounds}"
+            )
+    steps = torch.arange(u.shape[2], device=u.device, dtype=cu_seqlens.dtype)
+    ends = cu_seqlens[1:].to(u.device).contiguous()
+    index = torch.searchsorted(ends, steps, right=True, out_int32=True)
+    return index.unsqueeze(0), len(cu_seqlens) - 1
+
+
 def selective_scan_fn(
     u,
     delta,
@@ -61,15 +91,23 @@ def selective_scan_fn(
     delta_bias=None,
     delta_softplus=False,
     return_last_state=False,
-    initial_state=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    reverse=False,
 ):
     """h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t];  out[t] = (C[t] h[t] + D u[t]) silu(z[t]).
 
     u, delta, z: (B, D, L), one dtype of float32, float16, bfloat16 (float64 on the CPU); out has it too.
     A: (D, N). B, C: (D, N), or (B, N, L) or (B, G, N, L) in u's dtype, G groups of D / G channels.
-    D, delta_bias: (D). initial_state: (B, D, N), zero when absent.
+    D, delta_bias: (D). initial_states: (B, D, N), zero when absent.
     With delta_softplus, delta is softplus(delta + delta_bias).
-    Returns out, or (out, last_state) with last_state (B, D, N) in float32. Everything is differentiable.
+    seq_idx: (B, L) int32; several sequences in a row, the state starts from zero wherever it changes.
+    cu_seqlens: (S + 1) int32 or int64, batch 1: sequence s is the steps from cu_seqlens[s] to cu_seqlens[s + 1], may be
+    empty, and has a row of its own in initial_states and last_state, (S, D, N). Steps beyond the last one are padding.
+    With reverse the scan runs from the last step to the first, h[t] following h[t+1]: flip, scan and flip again, without
+    the copies. initial_states enters at the last step, last_state is h[0].
+    Returns out, or (out, last_state) with last_state (B or S, D, N) in float32. Everything is differentiable.
     """
     if A.is_complex():
         raise NotImplementedError("selective_scan_fn: A must be real, got complex A")
@@ -80,15 +118,20 @@ def selective_scan_fn(
 
     u, delta, z = _unit_stride(u), _unit_stride(delta), _unit_stride(z)
     B, C = _projection(B, state_dtype), _projection(C, state_dtype)
-    A, D, delta_bias, initial_state = map(parameter, (A, D, delta_bias, initial_state))
-    softplus, return_last_state = bool(delta_softplus), bool(return_last_state)
+    A, D, delta_bias, initial_states = map(parameter, (A, D, delta_bias, initial_states))
+    sequences = 0
+    if cu_seqlens is not None:
+        if seq_idx is not None:
+            raise ValueError("selective_scan_fn: give seq_idx or cu_seqlens, got both")
+        seq_idx, sequences = _sequence_of_steps(cu_seqlens, u)
+    softplus, return_last_state, reverse = map(bool, (delta_softplus, return_last_state, reverse))
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
     if vmap.through_dispatcher():
-        inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, softplus)
+        inputs = (*tensors, initial_states, softplus, seq_idx, sequences, reverse)
         out, last_state, _ = vmap.call(native.selective_scan_forward, *inputs)
         return (out, last_state) if return_last_state else out
-    return SelectiveScanFn.apply(
-        u, delta, A, B, C, D, z, delta_bias, softplus, return_last_state, initial_state
-    )
+    options = (softplus, return_last_state, initial_states, seq_idx, sequences, reverse)
+    return SelectiveScanFn.apply(*tensors, *options)
 
 
 def _reference_projection(tensor, A, dim):
@@ -113,9 +156,21 @@ def selective_scan_ref(
     delta_bias=None,
     delta_softplus=False,
     return_last_state=False,
-    initial_state=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    reverse=False,
 ):
     """`selective_scan_fn` step by step in plain PyTorch, in float32 (float64 for float64); A may be complex."""
+    if cu_seqlens is not None:
+        out, last_state = _reference_of_sequences(
+            cu_seqlens.tolist(),
+            (u, delta, A, B, C, D, z, delta_bias),
+            delta_softplus,
+            initial_states,
+            reverse,
+        )
+        return (out, last_state) if return_last_state else out
     out_dtype = u.dtype
     dtype = torch.promote_types(u.dtype, torch.float32)
     batch, dim, length = u.shape
@@ -128,11 +183,17 @@ def selective_scan_ref(
     B, C = _reference_projection(B, A, dim), _reference_projection(C, A, dim)
     decay = torch.exp(delta.unsqueeze(2) * A[None, :, :, None])  # (B, D, N, L)
     drive = (delta * u).unsqueeze(2) * B
-    state = A.new_zeros((batch, *A.shape)) if initial_state is None else initial_state.to(A.dtype)
-    states = []
-    for t in range(length):
+    state = A.new_zeros((batch, *A.shape))
+    if initial_states is not None:
+        state = initial_states.to(A.dtype)
+    states = [state] * length
+    steps = range(length - 1, -1, -1) if reverse else range(length)
+    for t in steps:
+        if seq_idx is not None and t != steps[0]:
+            same = seq_idx[:, t] == seq_idx[:, t - steps.step]
+            state = torch.where(same[:, None, None], state, 0)
         state = decay[..., t] * state + drive[..., t]
-        states.append(state)
+        states[t] = state
     y = u.new_zeros(u.shape)
     if length:
         y = (torch.stack(states, dim=-1) * C).sum(dim=2)
@@ -143,6 +204,32 @@ def selective_scan_ref(
         y = y * F.silu(z.to(dtype))
     out = y.to(out_dtype)
     return (out, state) if return_last_state else out
+
+
+def _reference_of_sequences(bounds, tensors, delta_softplus, initial_states, reverse):
+    """One scan for each sequence and one for the padding, put together."""
+    u, delta, A, B, C, D, z, delta_bias = tensors
+    outs, last_states = [], []
+    for s, (begin, end) in enumerate(itertools.pairwise([*bounds, u.shape[2]])):
+        part = [t if t is None or t.dim() < 3 else t[..., begin:end] for t in (u, delta, B, C, z)]
+        enters = None if initial_states is None or s >= len(bounds) - 1 else initial_states[s, None]
+        out, last_state = selective_scan_ref(
+            part[0],
+            part[1],
+            A,
+            part[2],
+            part[3],
+            D,
+            part[4],
+            delta_bias,
+            delta_softplus,
+            True,
+            enters,
+            reverse=reverse,
+        )
+        outs.append(out)
+        last_states.append(last_state)
+    return torch.cat(outs, dim=2), torch.cat(last_states[: len(bounds) - 1])
 
 
 # What callers find in upstream's module and lives elsewhere, if anywhere.
