@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from mamba_ssm.native import causal_conv1d as native
 from mamba_ssm.native import vmap
+from mamba_ssm.native.arguments import check_filled, check_tensor, to_int32
 
 
 class CausalConv1dFn(torch.autograd.Function):
@@ -72,19 +73,29 @@ def causal_conv1d_fn(
 
     x: (B, D, L), channels or time contiguous; weight: (D, W), W of 2, 3, 4; bias: (D), weight's dtype.
     x and weight: float32, float16, bfloat16 in any pair (float64 on the CPU, both). out: x's dtype and layout.
-    seq_idx: (B, L) int; taps across sequences count as 0, a negative index gives 0. Not with states.
+    seq_idx: (B, L) int32 or int64; taps across sequences count as 0, a negative index gives 0. Not with states.
     initial_states: (B, D, W-1), x's dtype: the inputs before x.
     activation: None, "silu" or "swish".
     Returns out, or with return_final_states (out, final_states): (B, D, W-1), the last W-1 inputs, written to
-    final_states_out where given. Everything but seq_idx is differentiable.
+    final_states_out (any strides) where given. Everything but seq_idx is differentiable.
+    NotImplementedError for another activation; TypeError or RuntimeError names an argument that does not fit, and
+    nothing is changed then.
     """
+    op = "causal_conv1d_fn"
     silu = _is_silu(activation)
+    check_tensor(op, "x", x, "batch, dim, length")
+    check_tensor(op, "weight", weight, "dim, width")
+    if initial_states is not None:
+        check_tensor(op, "initial_states", initial_states, "batch, dim, width - 1")
     if seq_idx is not None:
         assert initial_states is None, "initial_states must be None if seq_idx is not None"
         assert not return_final_states, "return_final_states must be False if seq_idx is not None"
-        seq_idx = seq_idx.to(torch.int32).contiguous()
-    x, initial_states = _fast_layout(x), _fast_layout(initial_states)
+        seq_idx = to_int32(op, "seq_idx", seq_idx).contiguous()
     return_final_states = bool(return_final_states)
+    if return_final_states and final_states_out is not None:
+        shape = (*x.shape[:2], weight.shape[1] - 1)
+        check_filled(op, "final_states_out", final_states_out, shape, x)
+    x, initial_states = _fast_layout(x), _fast_layout(initial_states)
     if vmap.through_dispatcher():
         out, final_states = vmap.call(
             native.causal_conv1d_forward,
@@ -145,21 +156,27 @@ def causal_conv1d_update(
     """Convolves new tokens after those in conv_state, which is changed in place. No gradient.
 
     x: (B, D) or (B, D, S), S new tokens; conv_state: (B or entries, D, state_len >= W-1), x's dtype.
-    cache_seqlens: (B) int32; conv_state is then circular and token i goes to slot (cache_seqlens + i) mod
-    state_len. conv_state_indices: (B) int32, the row of conv_state for each b; a negative one gives 0.
-    Returns out, shaped and typed as x.
+    cache_seqlens: (B) int32 or int64; conv_state is then circular and token i goes to slot (cache_seqlens + i) mod
+    state_len. conv_state_indices: (B) int32 or int64, the row of conv_state for each b; a negative one gives 0 and
+    touches no state, one beyond conv_state is an error on the CPU and gives NaN on CUDA.
+    Returns out, shaped and typed as x. NotImplementedError for another activation; TypeError or RuntimeError names
+    an argument that does not fit, and nothing is changed then.
     """
+    op = "causal_conv1d_update"
     silu = _is_silu(activation)
-    one_token = x.dim() == 2
-    out = native.causal_conv1d_update(
-        x.unsqueeze(-1) if one_token else x,
-        conv_state,
-        weight,
-        bias,
-        silu,
-        None if cache_seqlens is None else cache_seqlens.to(torch.int32),
-        None if conv_state_indices is None else conv_state_indices.to(torch.int32),
-    )
+    one_token = isinstance(x, torch.Tensor) and x.dim() == 2
+    x = x.unsqueeze(-1) if one_token else x
+    check_tensor(op, "x", x, "batch, dim, tokens")
+    with torch.no_grad():  # or torch would tie out to a gradient that does not exist
+        out = native.causal_conv1d_update(
+            x,
+            conv_state,
+            weight,
+            bias,
+            silu,
+            to_int32(op, "cache_seqlens", cache_seqlens),
+            to_int32(op, "conv_state_indices", conv_state_indices),
+        )
     return out.squeeze(-1) if one_token else out
 
 
@@ -191,9 +208,11 @@ def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
     """The last state_len tokens of each packed sequence, right-aligned after zeros. No gradient.
 
     x: (T, D), any strides; cu_seqlens: (S+1) int32 or int64, sorted, from 0 to T.
-    Returns (S, D, state_len) in x's dtype, laid out as (S, state_len, D).
+    Returns (S, D, state_len) in x's dtype, laid out as (S, state_len, D); zeros for an empty sequence.
+    RuntimeError names an argument that does not fit; on CUDA cu_seqlens beyond [0, T] are clamped instead.
     """
-    return native.causal_conv1d_varlen_states(x, cu_seqlens, state_len)
+    with torch.no_grad():
+        return native.causal_conv1d_varlen_states(x, cu_seqlens, state_len)
 
 
 def causal_conv1d_varlen_states_ref(x, cu_seqlens, state_len):
