@@ -49,3 +49,10 @@ def device(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def exact_references():
+    """References that run on the GPU keep float32: cuDNN would round it to TF32."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
