@@ -1,5 +1,7 @@
 """causal_conv1d at its edges: a test for each case and for each fault of upstream, and generated bad calls."""
 
+import inspect
+import pkgutil
 import subprocess
 import sys
 
@@ -336,6 +338,36 @@ def test_the_function_class_takes_what_the_function_does(device):
     with pytest.raises(RuntimeError, match="once_differentiable"):
         (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         dx.sum().backward()
+
+
+SIGNATURES = {
+    "causal_conv1d_interface.causal_conv1d_fn": "(x, weight, bias=None, seq_idx=None, "
+    "initial_states=None, return_final_states=False, final_states_out=None, activation=None)",
+    "causal_conv1d_interface.causal_conv1d_ref": "(x, weight, bias=None, initial_states=None, "
+    "return_final_states=False, final_states_out=None, activation=None)",
+    "causal_conv1d_interface.causal_conv1d_update": "(x, conv_state, weight, bias=None, "
+    "activation=None, cache_seqlens=None, conv_state_indices=None)",
+    "causal_conv1d_interface.causal_conv1d_update_ref": "(x, conv_state, weight, bias=None, "
+    "activation=None, cache_seqlens=None)",
+    "causal_conv1d_varlen.causal_conv1d_varlen_states": "(x, cu_seqlens, state_len)",
+    "causal_conv1d_varlen.causal_conv1d_varlen_states_ref": "(x, cu_seqlens, state_len)",
+    "cpp_functions.causal_conv1d_fwd_function": "(x, weight, bias, seq_idx, initial_states, "
+    "final_states_out, silu_activation)",
+    "cpp_functions.causal_conv1d_bwd_function": "(x, weight, bias, dout, seq_idx, initial_states, "
+    "dfinal_states, dx, return_dinitial_states, silu_activation)",
+    "cpp_functions.causal_conv1d_update_function": "(x, conv_state, weight, bias, "
+    "silu_activation, cache_seqlens, conv_state_indices)",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_upstreams(name):
+    """Callers filter keywords by them, so they are plain functions."""
+    function = pkgutil.resolve_name(f"causal_conv1d.{name}")
+    assert inspect.isfunction(function)
+    assert str(inspect.signature(function)) == SIGNATURES[name]
+    top = getattr(causal_conv1d, function.__name__, function)
+    assert top is function and function.__doc__
 
 
 def test_importing_the_package_does_not_import_torch():
