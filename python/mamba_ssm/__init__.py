@@ -16,7 +16,7 @@ __getattr__, _names = attach(
         "Mamba": "mamba_ssm.modules.mamba_simple",
         "MambaLMHeadModel": "mamba_ssm.models.mixer_seq_simple",
     },
-    submodules=("models", "modules", "native", "ops", "utils"),
+    submodules=("layers", "models", "modules", "native", "ops", "utils"),
 )
 
 
