@@ -70,20 +70,21 @@ struct BackwardArgs {
       atomicAdd(shared, value);
     }
   }
-  // h before step first + i of state n: the sequence's own where it begins, else `h`.
-  __device__ __forceinline__ float state_before(const Cuts& cuts, int b, int c, int n,
-                                                std::int64_t first, int i, float h) const {
-    return (cuts.begins >> i & 1u) == 0u
-               ? h
-               : state_of(in.initial_state, in.sequences.entering(b, first + i), c, n);
-  }
-  // The adjoint that reaches step first + i from later steps: that of its sequence's last state
-  // where it is the last one, else `q`.
-  __device__ __forceinline__ float adjoint_after(const Cuts& cuts, int b, int c, int n,
-                                                 std::int64_t first, int i, float q) const {
-    return (cuts.ends >> i & 1u) == 0u
-               ? q
-               : state_of(dlast_state, in.sequences.leaving(b, first + i), c, n);
+  // Where the steps from `first` on begin or end sequences that have states of their own: those
+  // states, and the adjoints of their last ones.
+  __device__ __forceinline__ void own_states(const Cuts& cuts, int b, int c, int n,
+                                             std::int64_t first, float (&start)[kItems],
+                                             float (&end)[kItems]) const {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      start[i] = end[i] = 0.0f;
+      if ((cuts.begins >> i & 1u) != 0u) {
+        start[i] = state_of(in.initial_state, in.sequences.entering(b, first + i), c, n);
+      }
+      if ((cuts.ends >> i & 1u) != 0u) {
+        end[i] = state_of(dlast_state, in.sequences.leaving(b, first + i), c, n);
+      }
+    }
   }
   // Stores the adjoint of the state that step first + i begins from, if it begins a sequence.
   __device__ __forceinline__ void leave_adjoint(const Cuts& cuts, int b, int c, int n,
@@ -192,8 +193,10 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
     }
     const Cuts cuts = cuts_of(in.sequences, b, first, lane, active);
     float sum_qb[kItems], sum_qaw[kItems], y[kItems];  // over the states
+    float own_start[kItems], own_end[kItems];          // see own_states
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
+      own_start[i] = own_end[i] = 0.0f;
       sum_dD = fmaf(g[i], x[i], sum_dD);
       x[i] *= delta[i];
       elapsed += delta[i];
@@ -236,16 +239,20 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
         float h = x[0] * b_values[0];
         float q = g[kItems - 1] * c_values[kItems - 1];
         if (in.sequences.present()) {
-          h = fmaf(decay[0], args.state_before(cuts, b, c, n, first, 0, 0.0f), h);
-          q += args.adjoint_after(cuts, b, c, n, first, kItems - 1, 0.0f);
+          if (cuts.numbered) {
+            args.own_states(cuts, b, c, n, first, own_start, own_end);
+          }
+          h = fmaf(decay[0], own_start[0], h);
+          q += own_end[kItems - 1];
         }
 #pragma unroll
         for (int i = 1; i < kItems; ++i) {
           const int j = kItems - 1 - i;
-          h = fmaf(decay[i], args.state_before(cuts, b, c, n, first, i, h), x[i] * b_values[i]);
           if (in.sequences.present()) {
-            q = args.adjoint_after(cuts, b, c, n, first, j, decay[j + 1] * q) + g[j] * c_values[j];
+            h = fmaf(decay[i], cuts.before_step(i, h, own_start[i]), x[i] * b_values[i]);
+            q = fmaf(g[j], c_values[j], cuts.after_step(j, decay[j + 1] * q, own_end[j]));
           } else {
+            h = fmaf(decay[i], h, x[i] * b_values[i]);
             q = fmaf(decay[j + 1], q, g[j] * c_values[j]);
           }
         }
@@ -279,7 +286,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
         float w[kItems], gradient[kItems];
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          w[i] = decay[i] * args.state_before(cuts, b, c, n, first, i, h);
+          w[i] = decay[i] * (in.sequences.present() ? cuts.before_step(i, h, own_start[i]) : h);
           h = fmaf(x[i], b_values[i], w[i]);
           gradient[i] = g[i] * h;
           y[i] = fmaf(c_values[i], h, y[i]);
@@ -293,10 +300,11 @@ __global__ void __launch_bounds__(WARPS* kWarp, resident_blocks(WARPS, BLOCKS))
 #pragma unroll
         for (int i = kItems - 1; i >= 0; --i) {
           if (in.sequences.present()) {
-            q = args.adjoint_after(cuts, b, c, n, first, i,
-                                   i == kItems - 1 ? q : decay[i + 1] * q) +
-                g[i] * c_values[i];
-            args.leave_adjoint(cuts, b, c, n, first, i, decay[i] * q);
+            q = fmaf(g[i], c_values[i],
+                     cuts.after_step(i, i == kItems - 1 ? q : decay[i + 1] * q, own_end[i]));
+            if (cuts.numbered) {
+              args.leave_adjoint(cuts, b, c, n, first, i, decay[i] * q);
+            }
           } else {
             q = i == kItems - 1 ? fmaf(g[i], c_values[i], q)
                                 : fmaf(decay[i + 1], q, g[i] * c_values[i]);

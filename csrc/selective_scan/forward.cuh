@@ -97,6 +97,32 @@ struct SerialLoads {
   }
 };
 
+// The states of a thread, `states` of them from first_state on, at step t, which begins a sequence.
+template <class T, Scope SCOPE, int STATES>
+__device__ __forceinline__ void enter(const DeviceInputs<T, SCOPE>& in, int b, std::int64_t t,
+                                      int channel, int first_state, int states,
+                                      float (&h)[STATES]) {
+  const int from = in.sequences.entering(b, t);
+#pragma unroll
+  for (int i = 0; i < STATES; ++i) {
+    h[i] = i < states ? state_of(in.initial_state, from, channel, first_state + i) : 0.0f;
+  }
+}
+
+// The same after step t, which ends one.
+template <class T, Scope SCOPE, int STATES>
+__device__ __forceinline__ void leave(const ForwardArgs<T, SCOPE>& args, int b, std::int64_t t,
+                                      int channel, int first_state, int states,
+                                      const float (&h)[STATES]) {
+  const int to = args.in.sequences.leaving(b, t);
+#pragma unroll
+  for (int i = 0; i < STATES; ++i) {
+    if (to >= 0 && i < states) {
+      args.last_state.at(to, channel, first_state + i) = h[i];
+    }
+  }
+}
+
 template <class T, Scope SCOPE, int LANES, int TILE, int BLOCKS>
 __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
     scan_serial(const ForwardArgs<T, SCOPE> args) {
@@ -127,13 +153,13 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
   const bool channel_exists = thread / LANES < block_channels;
   float* const scan_delta = shared_delta + thread / LANES * kStride;
   const float* const scan_x = shared_x + thread / LANES * kStride;
+  const int states = channel_exists ? min(kStates, in.d_state - first_state) : 0;
   float rate[kStates], h[kStates];
 #pragma unroll
   for (int i = 0; i < kStates; ++i) {
-    const bool exists = channel_exists && first_state + i < in.d_state;
-    rate[i] = exists ? in.A.at(0, channel, first_state + i) * kLog2E : 0.0f;
-    h[i] = exists ? in.initial_state.get(b, channel, first_state + i) : 0.0f;
+    rate[i] = i < states ? in.A.at(0, channel, first_state + i) * kLog2E : 0.0f;
   }
+  enter(in, b, 0, channel, first_state, states, h);
 
   // Elementwise phases.
   const int row = thread / Shape::kRowVectors;
@@ -206,6 +232,7 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
     }
 
     const int steps = static_cast<int>(min(static_cast<std::int64_t>(TILE), in.length - t0));
+    const unsigned begins = begins_of<TILE>(in.sequences, b, t0);
 #pragma unroll 1
     for (int t = 0; t < steps; t += kGroup) {
       float y[kGroup];
@@ -219,6 +246,11 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
           float b_values[kStates], c_values[kStates];
           load_vector<kStates>(shared_b + (t + q + j) * kN + first_state, b_values);
           load_vector<kStates>(shared_c + (t + q + j) * kN + first_state, c_values);
+          if (in.sequences.present() && (begins >> (t + q + j) & 1u) != 0u) {
+            const std::int64_t step = t0 + t + q + j;
+            leave(args, b, step - 1, channel, first_state, states, h);
+            enter(in, b, step, channel, first_state, states, h);
+          }
           float sums[2] = {0.0f, 0.0f};  // two chains of half the length
 #pragma unroll
           for (int i = 0; i < kStates; ++i) {
@@ -265,12 +297,7 @@ __global__ void __launch_bounds__(kSerialThreads, BLOCKS)
     }
   }
 
-#pragma unroll
-  for (int i = 0; i < kStates; ++i) {
-    if (channel_exists && first_state + i < in.d_state) {
-      args.last_state.at(b, channel, first_state + i) = h[i];
-    }
-  }
+  leave(args, b, in.length - 1, channel, first_state, states, h);
 }
 
 // Lanes over time, for few channels and any d_state.
@@ -376,7 +403,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS)
             decay[s][i] = exp2_approx(delta[i] * state_rate);
             input[s][i] *= x[i];
           }
-          if (in.sequences.present()) {
+          if (cuts.numbered) {
 #pragma unroll
             for (int i = 0; i < kItems; ++i) {
               if ((cuts.begins >> i & 1u) != 0u && n + s < in.d_state) {
@@ -390,7 +417,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS)
           h[s] = input[s][0];
 #pragma unroll
           for (int i = 1; i < kItems; ++i) {
-            h[s] = fmaf(decay[s][i], (cuts.begins >> i & 1u) != 0u ? 0.0f : h[s], input[s][i]);
+            const float before = in.sequences.present() ? cuts.before_step(i, h[s], 0.0f) : h[s];
+            h[s] = fmaf(decay[s][i], before, input[s][i]);
           }
         }
 #pragma unroll
@@ -416,9 +444,10 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS)
           rows_c.values(loaded_c[s], n + s, n + s < in.d_state, c_values);
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
-            state = fmaf(decay[s][i], (cuts.begins >> i & 1u) != 0u ? 0.0f : state, input[s][i]);
+            state = in.sequences.present() ? cuts.before_step(i, state, 0.0f) : state;
+            state = fmaf(decay[s][i], state, input[s][i]);
             y[i] = fmaf(state, c_values[i], y[i]);
-            if (in.sequences.present() && (cuts.ends >> i & 1u) != 0u && n + s < in.d_state) {
+            if (cuts.numbered && (cuts.ends >> i & 1u) != 0u && n + s < in.d_state) {
               const int to = in.sequences.leaving(b, first + i);
               if (to >= 0) {
                 args.last_state.at(to, c, n + s) = state;

@@ -60,6 +60,7 @@ inline constexpr ForwardConfig kForwardConfigs[] = {
     {Mapping::lanes, Scope::plain, 128, 32, 256, 1, 4},  // fewer, d_state < 8 or > 16, static B, C
     {Mapping::serial, Scope::reverse, 128, 4, 32, 4, 4},
     {Mapping::lanes, Scope::reverse, 128, 32, 256, 1, 4},
+    {Mapping::serial, Scope::packed, 128, 4, 32, 4, 3},
     {Mapping::lanes, Scope::packed, 128, 32, 256, 1, 3},
 };
 inline constexpr int kForwardConfigCount =
@@ -78,7 +79,7 @@ inline constexpr BackwardConfig kBackwardConfigs[] = {
     {Scope::plain, 8, 2},   // groups of more than 1 channel: one global atomic per 8 channels
     {Scope::plain, 1, 12},  // groups of one channel, and d_state in the thousands
     {Scope::either, 8, 2},
-    {Scope::packed, 4, 2},
+    {Scope::packed, 4, 3},
 };
 inline constexpr int kBackwardConfigCount =
     static_cast<int>(sizeof(kBackwardConfigs) / sizeof(kBackwardConfigs[0]));

@@ -190,17 +190,18 @@ struct DeviceSequences {
   __device__ __forceinline__ bool present() const {
     return SCOPE == Scope::packed && index != nullptr;
   }
-  // Bit i: step first + i belongs to another sequence than the step before; kItems + 1 bits.
+  // Bit i: begins_at(first + i); kItems + 1 bits.
   __device__ __forceinline__ unsigned begins(int b, std::int64_t first) const {
     unsigned bits = 0;
 #pragma unroll
     for (int i = 0; i <= kItems; ++i) {
-      const std::int64_t t = first + i;
-      if (t > 0 && t < length && at(b, t) != at(b, t - 1)) {
-        bits |= 1u << i;
-      }
+      bits |= begins_at(b, first + i) ? 1u << i : 0u;
     }
     return bits;
+  }
+  // Whether step t belongs to another sequence than the step before it.
+  __device__ __forceinline__ bool begins_at(int b, std::int64_t t) const {
+    return t > 0 && t < length && at(b, t) != at(b, t - 1);
   }
   // The row of initial_state that enters at a step that begins a sequence, and of last_state that
   // gets what the last step of one leaves; negative where there is none.
@@ -221,6 +222,18 @@ struct DeviceSequences {
   }
 };
 
+// Bit i: step first + i begins a sequence after another. Every lane of the warp has to ask.
+template <int STEPS, Scope SCOPE>
+__device__ __forceinline__ unsigned begins_of(const DeviceSequences<SCOPE>& sequences, int b,
+                                              std::int64_t first) {
+  if constexpr (SCOPE != Scope::packed) {
+    return 0u;
+  } else {
+    static_assert(STEPS == kWarp, "a lane looks at one step");
+    return __ballot_sync(kAllLanes, sequences.begins_at(b, first + threadIdx.x % kWarp));
+  }
+}
+
 // What a warp, lane = kItems steps, has to know of the sequences in its tile.
 struct Cuts {
   unsigned begins, ends;  // bit i: the lane's step i begins a sequence after another, ends one
@@ -228,19 +241,51 @@ struct Cuts {
   int before, after;      // lanes before and after this one whose scans join this one's
   bool from_start;        // nothing begins up to this lane: the tile's entering state reaches it
   bool to_end;            // nothing ends from this lane on: the tile's entering adjoint reaches it
+  bool numbered;          // of the warp: something begins or ends here that has states of its own
+  unsigned keep[kItems + 1];  // 0 where step i begins a sequence, else all bits
+
+  // What a step takes over from the step before it, or after it in the adjoint's direction: the
+  // value, or a sequence's own where one begins or ends. `own` is zero elsewhere.
+  __device__ __forceinline__ float before_step(int i, float value, float own) const {
+    return merge(value, keep[i], own);
+  }
+  __device__ __forceinline__ float after_step(int i, float value, float own) const {
+    return merge(value, keep[i + 1], own);
+  }
+
+ private:
+  // One instruction. A product with 0 would let NaN through.
+  __device__ __forceinline__ static float merge(float value, unsigned mask, float own) {
+    return __uint_as_float((__float_as_uint(value) & mask) | __float_as_uint(own));
+  }
 };
 
 template <Scope SCOPE>
 __device__ __forceinline__ Cuts cuts_of(const DeviceSequences<SCOPE>& sequences, int b,
                                         std::int64_t first, int lane, bool active) {
-  Cuts cuts{0u, 0u, lane, kWarp - 1 - lane, true, true};
+  Cuts cuts;
+  cuts.begins = cuts.ends = 0u;
+  cuts.before = lane;
+  cuts.after = kWarp - 1 - lane;
+  cuts.from_start = cuts.to_end = true;
+  cuts.numbered = false;
+#pragma unroll
+  for (int i = 0; i <= kItems; ++i) {
+    cuts.keep[i] = 0xffffffffu;
+  }
   if (sequences.present()) {
     const unsigned begins = active ? sequences.begins(b, first) : 0u;
     cuts.begins = begins & ((1u << kItems) - 1u);
     cuts.ends = begins >> 1;
+#pragma unroll
+    for (int i = 0; i <= kItems; ++i) {
+      cuts.keep[i] = (begins >> i & 1u) - 1u;
+    }
     const unsigned left =
         __ballot_sync(kAllLanes, cuts.begins != 0u) & (kAllLanes >> (kWarp - 1 - lane));
-    const unsigned right = __ballot_sync(kAllLanes, cuts.ends != 0u) >> lane;
+    const unsigned ending = __ballot_sync(kAllLanes, cuts.ends != 0u);
+    const unsigned right = ending >> lane;
+    cuts.numbered = sequences.count > 0 && (ending | __ballot_sync(kAllLanes, begins != 0u)) != 0u;
     if (left != 0u) {
       cuts.from_start = false;
       cuts.before = lane - (kWarp - 1 - __clz(static_cast<int>(left)));

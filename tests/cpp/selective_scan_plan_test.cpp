@@ -79,9 +79,6 @@ TEST(SelectiveScanPlan, WhatTheSerialMappingCannotHoldSpreadsOverTime) {
   Problem constant = problem(64, 1536, 2048);
   constant.varying_B = false;
   EXPECT_EQ(forward_row(constant).mapping, Mapping::lanes);
-  Problem packed = problem(64, 1536, 2048);
-  packed.packed = true;
-  EXPECT_EQ(forward_row(packed).mapping, Mapping::lanes);
 }
 
 TEST(SelectiveScanPlan, RowsAreForWhatTheProblemNeedsAndNoMore) {
