@@ -1,5 +1,7 @@
 #include "core/tensor.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 
 namespace mamba_native {
@@ -95,9 +97,10 @@ std::string join(const Sizes& sizes) {
 }
 
 struct SizeRange {
-  const TensorView& tensor;
-  const std::int64_t* begin() const { return tensor.size; }
-  const std::int64_t* end() const { return tensor.size + tensor.dim; }
+  const std::int64_t* first;
+  int count;
+  const std::int64_t* begin() const { return first; }
+  const std::int64_t* end() const { return first + count; }
 };
 
 }  // namespace
@@ -106,18 +109,19 @@ std::string describe(const TensorView& tensor) {
   if (!tensor.present()) {
     return "nothing";
   }
-  return text(join(SizeRange{tensor}), " ", name(tensor.dtype), " on ", name(tensor.device));
+  return text(join(SizeRange{tensor.size, tensor.dim}), " ", name(tensor.dtype), " on ",
+              name(tensor.device));
 }
 
 void check_shape(const char* op, const char* argument, const TensorView& tensor,
                  std::initializer_list<std::int64_t> expected) {
-  bool same = tensor.dim == static_cast<int>(expected.size());
-  int i = 0;
-  for (const std::int64_t extent : expected) {
-    same = same && tensor.size[i] == extent;
-    ++i;
-  }
-  MAMBA_CHECK(same, op, ": ", argument, " must have shape ", join(expected), ", got ",
+  check_shape(op, argument, tensor, expected.begin(), static_cast<int>(expected.size()));
+}
+
+void check_shape(const char* op, const char* argument, const TensorView& tensor,
+                 const std::int64_t* expected, int dim) {
+  MAMBA_CHECK(tensor.dim == dim && std::equal(expected, expected + dim, tensor.size), op, ": ",
+              argument, " must have shape ", join(SizeRange{expected, dim}), ", got ",
               describe(tensor));
 }
 

@@ -56,6 +56,8 @@ std::string describe(const TensorView& tensor);
 // Checks that throw Error, naming the operation and the argument. `op` and `argument` are literals.
 void check_shape(const char* op, const char* argument, const TensorView& tensor,
                  std::initializer_list<std::int64_t> expected);
+void check_shape(const char* op, const char* argument, const TensorView& tensor,
+                 const std::int64_t* expected, int dim);
 void check_dtype(const char* op, const char* argument, const TensorView& tensor, DType expected);
 void check_device(const char* op, const char* argument, const TensorView& tensor, Device expected);
 // One of f32, f16, bf16, and f64 on the CPU; refuses a dtype that this build left out, by the name

@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "core/math.h"
 #include "core/parallel_for.h"
+#include "selective_scan/reference.h"
 #include "selective_scan/scan_order.h"
 
 namespace mamba_native::selective_scan::cpu {
@@ -192,6 +193,10 @@ void add_parts(const TensorView& to, const Slices& slices, const std::vector<flo
 }  // namespace
 
 void forward(const ForwardParams& given, Isa isa) {
+  if (given.in.is_complex()) {
+    reference::forward<float>(given);
+    return;
+  }
   const ForwardParams params = in_scan_order(given);
   if (has_empty_rows(params.in)) {
     copy_states(params.last_state, params.in.initial_state);
@@ -214,7 +219,7 @@ void forward(const ForwardParams& given, Isa isa) {
 }
 
 void backward(const BackwardParams& given, Isa isa) {
-  if (isa == Isa::plain) {
+  if (isa == Isa::plain || given.in.is_complex()) {
     plain::backward(given);
     return;
   }

@@ -89,11 +89,11 @@ Problem problem_of(const Inputs& in) {
   problem.channels = in.u.size[1];
   problem.length = in.u.size[2];
   problem.d_state = in.A.size[1];
-  problem.varying_B = in.B.dim == 4;
-  problem.varying_C = in.C.dim == 4;
+  problem.varying_B = is_varying(in.B);
+  problem.varying_C = is_varying(in.C);
   problem.packed = in.seq_idx.present();
   problem.reverse = in.reverse;
-  problem.groups = in.B.dim == 4 ? in.B.size[1] : in.C.dim == 4 ? in.C.size[1] : 1;
+  problem.groups = problem.varying_B ? in.B.size[1] : problem.varying_C ? in.C.size[1] : 1;
   return problem;
 }
 

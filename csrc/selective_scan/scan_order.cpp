@@ -3,9 +3,8 @@
 namespace mamba_native::selective_scan {
 namespace {
 
-void mirror(TensorView& view) {
-  const int time = view.dim - 1;
-  if (time < 0 || view.size[time] == 0) {
+void mirror(TensorView& view, int time) {
+  if (!view.present() || view.size[time] == 0) {
     return;
   }
   view.data = static_cast<char*>(view.data) +
@@ -13,10 +12,13 @@ void mirror(TensorView& view) {
   view.stride[time] = -view.stride[time];
 }
 
-// B, C and their gradients, which have time unless they are static, (D, N).
+// u and its like, (B, D, L), and seq_idx, (B, L).
+void mirror(TensorView& view) { mirror(view, view.dim - 1); }
+
+// B, C and their gradients.
 void mirror_projection(TensorView& view) {
-  if (view.dim == 4) {
-    mirror(view);
+  if (is_varying(view)) {
+    mirror(view, 3);
   }
 }
 

@@ -37,11 +37,23 @@ void check_memory(const char* op, const char* argument, const TensorView& tensor
   MAMBA_CHECK(tensor.data != nullptr, op, ": ", argument, " has no memory, got ", describe(tensor));
 }
 
+// The sizes that a tensor has to have.
+struct Shape {
+  std::int64_t size[TensorView::kMaxDim] = {};
+  int dim = 0;
+
+  Shape(std::initializer_list<std::int64_t> sizes) {
+    for (const std::int64_t extent : sizes) {
+      size[dim++] = extent;
+    }
+  }
+};
+
 // An output: shape, dtype and that no two elements share an address through a stride of 0.
 void check_output(const char* op, const char* argument, const TensorView& tensor, Device device,
-                  DType dtype, std::initializer_list<std::int64_t> shape) {
+                  DType dtype, const Shape& shape) {
   MAMBA_CHECK(tensor.present(), op, ": ", argument, " is missing");
-  check_shape(op, argument, tensor, shape);
+  check_shape(op, argument, tensor, shape.size, shape.dim);
   check_dtype(op, argument, tensor, dtype);
   check_memory(op, argument, tensor, device);
   const bool is_empty = tensor.numel() == 0;
@@ -52,15 +64,15 @@ void check_output(const char* op, const char* argument, const TensorView& tensor
 }
 
 void check_input(const char* op, const char* argument, const TensorView& tensor, Device device,
-                 DType dtype, std::initializer_list<std::int64_t> shape) {
+                 DType dtype, const Shape& shape) {
   MAMBA_CHECK(tensor.present(), op, ": ", argument, " is missing");
-  check_shape(op, argument, tensor, shape);
+  check_shape(op, argument, tensor, shape.size, shape.dim);
   check_dtype(op, argument, tensor, dtype);
   check_memory(op, argument, tensor, device);
 }
 
 void check_optional_input(const char* op, const char* argument, const TensorView& tensor,
-                          Device device, DType dtype, std::initializer_list<std::int64_t> shape) {
+                          Device device, DType dtype, const Shape& shape) {
   if (tensor.present()) {
     check_input(op, argument, tensor, device, dtype, shape);
   }
@@ -69,7 +81,7 @@ void check_optional_input(const char* op, const char* argument, const TensorView
 // An output that is there exactly when the input it belongs to is.
 void check_optional_output(const char* op, const char* argument, const TensorView& tensor,
                            const char* owner, const TensorView& input, Device device, DType dtype,
-                           std::initializer_list<std::int64_t> shape) {
+                           const Shape& shape) {
   MAMBA_CHECK(tensor.present() == input.present(), op, ": ", argument,
               " must be given exactly when ", owner, " is");
   if (tensor.present()) {
@@ -86,29 +98,49 @@ struct Sizes {
   DType dtype;  // of the activations
   DType sum;    // of parameters, states and sums
   Device device;
+  bool is_complex;
+
+  Shape activations() const { return {batch, channels, length}; }
+  // The shape of A, B, C or states, from the one that they have where they are real.
+  Shape numbers(Shape shape) const {
+    if (is_complex) {
+      shape.size[shape.dim++] = 2;
+    }
+    return shape;
+  }
+  Shape parameters() const { return numbers({channels, states}); }
+  Shape state() const { return numbers({rows, channels, states}); }
+  Shape projection(std::int64_t groups) const { return numbers({batch, groups, states, length}); }
+  Shape checkpoints() const {
+    return numbers({batch, channels, ceil_div(length, kCheckpointInterval), states});
+  }
 };
 
 // B or C: static (D, N) or time-varying (B, G, N, L).
 void check_projection(const char* op, const char* argument, const TensorView& tensor,
                       const Sizes& sizes) {
-  MAMBA_CHECK(tensor.dim == 2 || tensor.dim == 4, op, ": ", argument, " must have shape (",
-              sizes.channels, ", ", sizes.states, ") or (", sizes.batch, ", groups, ", sizes.states,
-              ", ", sizes.length, "), got ", describe(tensor));
-  if (tensor.dim == 2) {
-    check_input(op, argument, tensor, sizes.device, sizes.sum, {sizes.channels, sizes.states});
+  const int parts = sizes.is_complex ? 1 : 0;  // dimensions of a number
+  MAMBA_CHECK(tensor.dim == 2 + parts || tensor.dim == 4 + parts, op, ": ", argument,
+              " must have shape (", sizes.channels, ", ", sizes.states, parts > 0 ? ", 2" : "",
+              ") or (", sizes.batch, ", groups, ", sizes.states, ", ", sizes.length,
+              parts > 0 ? ", 2" : "", "), got ", describe(tensor));
+  if (!is_varying(tensor)) {
+    check_input(op, argument, tensor, sizes.device, sizes.sum, sizes.parameters());
     return;
   }
   const std::int64_t groups = tensor.size[1];
   MAMBA_CHECK(groups > 0 && sizes.channels % groups == 0, op, ": the ", sizes.channels,
               " channels of u cannot be divided into the ", groups, " groups of ", argument);
-  check_input(op, argument, tensor, sizes.device, sizes.dtype,
-              {sizes.batch, groups, sizes.states, sizes.length});
+  check_input(op, argument, tensor, sizes.device, sizes.dtype, sizes.projection(groups));
 }
 
 Sizes check_inputs(const char* op, const Inputs& in) {
   MAMBA_CHECK(in.u.dim == 3, op, ": u must have shape (batch, channels, length), got ",
               describe(in.u));
-  MAMBA_CHECK(in.A.dim == 2, op, ": A must have shape (channels, states), got ", describe(in.A));
+  MAMBA_CHECK(
+      in.A.dim == 2 || (in.is_complex() && in.A.size[2] == 2), op,
+      ": A must have shape (channels, states), or (channels, states, 2) for complex A, got ",
+      describe(in.A));
   check_float(op, "u", in.u);
   MAMBA_CHECK(in.sequences >= 0, op, ": sequences must be 0 or their number, got ", in.sequences);
   MAMBA_CHECK(in.sequences == 0 || (in.u.size[0] == 1 && in.seq_idx.present()), op,
@@ -122,22 +154,21 @@ Sizes check_inputs(const char* op, const Inputs& in) {
                        in.A.size[1],
                        in.u.dtype,
                        in.u.dtype == DType::f64 ? DType::f64 : DType::f32,
-                       in.u.device};
+                       in.u.device,
+                       in.is_complex()};
   MAMBA_CHECK(sizes.states > 0, op, ": A must have at least one state, got ", describe(in.A));
   check_memory(op, "u", in.u, sizes.device);
-  const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels,
-                                                           sizes.length};
-  check_input(op, "delta", in.delta, sizes.device, sizes.dtype, activations);
-  check_input(op, "A", in.A, sizes.device, sizes.sum, {sizes.channels, sizes.states});
+  check_input(op, "delta", in.delta, sizes.device, sizes.dtype, sizes.activations());
+  check_input(op, "A", in.A, sizes.device, sizes.sum, sizes.parameters());
   check_projection(op, "B", in.B, sizes);
   check_projection(op, "C", in.C, sizes);
-  MAMBA_CHECK(in.B.dim != 4 || in.C.dim != 4 || in.B.size[1] == in.C.size[1], op, ": B has ",
-              in.B.size[1], " groups and C ", in.C.size[1]);
+  MAMBA_CHECK(!is_varying(in.B) || !is_varying(in.C) || in.B.size[1] == in.C.size[1], op,
+              ": B has ", in.B.size[1], " groups and C ", in.C.size[1]);
   check_optional_input(op, "D", in.D, sizes.device, sizes.sum, {sizes.channels});
-  check_optional_input(op, "z", in.z, sizes.device, sizes.dtype, activations);
+  check_optional_input(op, "z", in.z, sizes.device, sizes.dtype, sizes.activations());
   check_optional_input(op, "delta_bias", in.delta_bias, sizes.device, sizes.sum, {sizes.channels});
   check_optional_input(op, "initial_state", in.initial_state, sizes.device, sizes.sum,
-                       {sizes.rows, sizes.channels, sizes.states});
+                       sizes.state());
   check_optional_input(op, "seq_idx", in.seq_idx, sizes.device, DType::i32,
                        {sizes.batch, sizes.length});
   return sizes;
@@ -149,12 +180,8 @@ void check_contiguous(const char* op, const char* argument, const TensorView& te
 
 void check_projection_gradient(const char* op, const char* argument, const TensorView& tensor,
                                const TensorView& input, const Sizes& sizes) {
-  if (input.dim == 2) {
-    check_output(op, argument, tensor, sizes.device, sizes.sum, {input.size[0], input.size[1]});
-  } else {
-    check_output(op, argument, tensor, sizes.device, sizes.sum,
-                 {input.size[0], input.size[1], input.size[2], input.size[3]});
-  }
+  check_output(op, argument, tensor, sizes.device, sizes.sum,
+               is_varying(input) ? sizes.projection(input.size[1]) : sizes.parameters());
   check_contiguous(op, argument, tensor);
 }
 
@@ -205,13 +232,10 @@ void backward_empty(const BackwardParams& params) {
 void forward(const ForwardParams& params) {
   constexpr char kOp[] = "selective_scan_forward";
   const Sizes sizes = check_inputs(kOp, params.in);
-  check_output(kOp, "out", params.out, sizes.device, sizes.dtype,
-               {sizes.batch, sizes.channels, sizes.length});
-  check_output(kOp, "last_state", params.last_state, sizes.device, sizes.sum,
-               {sizes.rows, sizes.channels, sizes.states});
-  check_output(
-      kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
-      {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
+  check_output(kOp, "out", params.out, sizes.device, sizes.dtype, sizes.activations());
+  check_output(kOp, "last_state", params.last_state, sizes.device, sizes.sum, sizes.state());
+  check_output(kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
+               sizes.checkpoints());
   check_contiguous(kOp, "checkpoints", params.checkpoints);
   if (sizes.device.is_cuda()) {
 #if MAMBA_WITH_CUDA
@@ -250,18 +274,15 @@ void backward(const BackwardParams& params) {
   constexpr char kOp[] = "selective_scan_backward";
   const Inputs& in = params.in;
   const Sizes sizes = check_inputs(kOp, in);
-  const std::initializer_list<std::int64_t> activations = {sizes.batch, sizes.channels,
-                                                           sizes.length};
-  const std::initializer_list<std::int64_t> state = {sizes.rows, sizes.channels, sizes.states};
+  const Shape activations = sizes.activations();
+  const Shape state = sizes.state();
   check_input(kOp, "dout", params.dout, sizes.device, sizes.dtype, activations);
   check_optional_input(kOp, "dlast_state", params.dlast_state, sizes.device, sizes.sum, state);
-  check_input(
-      kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum,
-      {sizes.batch, sizes.channels, ceil_div(sizes.length, kCheckpointInterval), sizes.states});
+  check_input(kOp, "checkpoints", params.checkpoints, sizes.device, sizes.sum, sizes.checkpoints());
   check_contiguous(kOp, "checkpoints", params.checkpoints);
   check_output(kOp, "du", params.du, sizes.device, sizes.dtype, activations);
   check_output(kOp, "ddelta", params.ddelta, sizes.device, sizes.dtype, activations);
-  check_output(kOp, "dA", params.dA, sizes.device, sizes.sum, {sizes.channels, sizes.states});
+  check_output(kOp, "dA", params.dA, sizes.device, sizes.sum, sizes.parameters());
   check_projection_gradient(kOp, "dB", params.dB, in.B, sizes);
   check_projection_gradient(kOp, "dC", params.dC, in.C, sizes);
   check_optional_output(kOp, "dD", params.dD, "D", in.D, sizes.device, sizes.sum, {sizes.channels});

@@ -20,6 +20,12 @@
 // it starts from initial_state[s] and leaves last_state[s]. One without steps leaves the state it
 // began with. Steps with an index outside [0, S) start from zero and leave nothing.
 //
+// A may be complex, and B, C and h with it; then y[t] = 2 Re(sum_n C h) + D u. Complex numbers are
+// real tensors with a last dimension of 2, real and imaginary part: A, static B and C are
+// (D, N, 2), time-varying B and C (B, G, N, L, 2), states (B or S, D, N, 2), checkpoints
+// (B, D, ceil(L / kCheckpointInterval), N, 2), and gradients have the shapes of what they belong
+// to: the derivatives by both parts. A's dimensions say which it is.
+//
 // Sizes: B batch, D channels, L length, N d_state, G groups of channels that share B and C (D % G
 // == 0). B = 0, D = 0 and L = 0 are valid: outputs are empty, last_state is the initial state.
 //
@@ -59,7 +65,12 @@ struct Inputs {
   std::int64_t sequences = 0;
   bool delta_softplus = false;
   bool reverse = false;
+
+  bool is_complex() const { return A.dim == 3; }
 };
+
+// Whether B or C varies with time, rather than being static.
+inline bool is_varying(const TensorView& projection) { return projection.dim >= 4; }
 
 struct ForwardParams {
   Inputs in;

@@ -15,7 +15,9 @@ selective_scan::Inputs scan_inputs(const char* op, const Tensor& u, const Tensor
                                    const Optional& initial_state, bool delta_softplus,
                                    const Optional& seq_idx, std::int64_t sequences, bool reverse) {
   check_dim(op, "u", u, 3);
-  check_dim(op, "A", A, 2);
+  if (view(op, "A", A).dim != 3) {  // complex A: (D, N, 2)
+    check_dim(op, "A", A, 2);
+  }
   selective_scan::Inputs in;
   in.u = view(op, "u", u);
   in.delta = view(op, "delta", delta);
@@ -33,6 +35,14 @@ selective_scan::Inputs scan_inputs(const char* op, const Tensor& u, const Tensor
   return in;
 }
 
+// The sizes of states: `leading`, then N, and 2 where A is complex.
+Sizes with_states(Sizes leading, const Tensor& A) {
+  for (std::int64_t i = 1; i < A.dim(); ++i) {
+    leading.push_back(A.size(i));
+  }
+  return leading;
+}
+
 std::tuple<Tensor, Tensor, Tensor> selective_scan_forward(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
     const Optional& D, const Optional& z, const Optional& delta_bias, const Optional& initial_state,
@@ -42,13 +52,13 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_forward(
   params.in = scan_inputs(kOp, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus,
                           seq_idx, sequences, reverse);
   const DeviceScope scope(u);
-  const std::int64_t batch = u.size(0), channels = u.size(1), length = u.size(2),
-                     d_state = A.size(1);
+  const std::int64_t batch = u.size(0), channels = u.size(1), length = u.size(2);
+  const std::int64_t tiles = ceil_div(length, selective_scan::kCheckpointInterval);
   const Scalar state = accumulator_of(u);
   Tensor out = empty(u, {batch, channels, length}, u.scalar_type());
-  Tensor last_state = empty(u, {sequences > 0 ? sequences : batch, channels, d_state}, state);
-  Tensor checkpoints = empty(
-      u, {batch, channels, ceil_div(length, selective_scan::kCheckpointInterval), d_state}, state);
+  Tensor last_state =
+      empty(u, with_states({sequences > 0 ? sequences : batch, channels}, A), state);
+  Tensor checkpoints = empty(u, with_states({batch, channels, tiles}, A), state);
   params.out = view(kOp, "out", out);
   params.last_state = view(kOp, "last_state", last_state);
   params.checkpoints = view(kOp, "checkpoints", checkpoints);
@@ -71,10 +81,10 @@ selective_scan_backward(const Tensor& dout, const Optional& dlast_state, const T
   const DeviceScope scope(u);
   const Scalar dtype = u.scalar_type();
   const Scalar sum = accumulator_of(u);
-  const std::int64_t channels = u.size(1), d_state = A.size(1);
+  const std::int64_t channels = u.size(1);
   Tensor du = empty(u, sizes_of(u), dtype);
   Tensor ddelta = empty(u, sizes_of(u), dtype);
-  Tensor dA = empty(u, {channels, d_state}, sum);
+  Tensor dA = empty(u, sizes_of(A), sum);
   Tensor dB = empty(u, sizes_of(B), sum);
   Tensor dC = empty(u, sizes_of(C), sum);
   Tensor dD = D ? empty(u, {channels}, sum) : nothing(u, sum);

@@ -36,6 +36,10 @@ def assert_close(op, dtype, name, out, truth, yardstick, slack):
     )
     if truth.numel() == 0:
         return
+    if out.is_complex():
+        out, truth, yardstick = (
+            torch.view_as_real(t.resolve_conj()) for t in (out, truth, yardstick)
+        )
     yardstick = yardstick.to(out.dtype).double()
     epsilon = torch.finfo(out.dtype).eps
     if out.is_cuda:
@@ -55,10 +59,14 @@ def assert_close(op, dtype, name, out, truth, yardstick, slack):
     assert used_nmse <= 1.0 and used_worst <= 1.0, report
 
 
+def _is_number(tensor):
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def evaluate(function, tensors, cotangents=None):
     """function(**tensors) -> tuple. Returns ({"out0": ...}, {"d<name>": ...}, the cotangents used)."""
     leaves = {
-        name: t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+        name: t.detach().requires_grad_() if t is not None and _is_number(t) else t
         for name, t in tensors.items()
     }
     outputs = function(**leaves)
@@ -79,12 +87,13 @@ def evaluate(function, tensors, cotangents=None):
 
 
 def convert(tensors, dtype):
-    """Copies on the CPU, floating ones in another dtype."""
+    """Copies on the CPU, floating ones in another dtype, complex ones in its kin."""
 
     def one(tensor):
         if tensor is None:
             return None
-        return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
+        wanted = dtype.to_complex() if tensor.is_complex() else dtype
+        return tensor.detach().to("cpu", wanted if _is_number(tensor) else None, copy=True)
 
     if isinstance(tensors, dict):
         return {name: one(tensor) for name, tensor in tensors.items()}

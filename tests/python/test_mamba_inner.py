@@ -1,6 +1,5 @@
 """mamba_inner_fn and its bidirectional forms: the formula, real gradients, memory, and how callers reach them."""
 
-import functools
 import inspect
 import weakref
 
@@ -188,26 +187,10 @@ def assert_near(got, expected, bound):
         assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
 
 
-@functools.cache
-def takes_complex_a():
-    u, A = torch.ones(1, 2, 3), torch.ones(2, 1, dtype=torch.complex64)
-    try:
-        interface.selective_scan_fn(u, u, A, A, A)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def options(row):
-    if ROWS[row].get("complex_a") and not takes_complex_a():
-        pytest.skip("the scan takes no complex A")
-    return ROWS[row]
-
-
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("level", [0, 1])
 def test_output_and_gradients_are_the_formulas(level, row):
-    tensors = problem(dtype=torch.float64, **options(row))
+    tensors = problem(dtype=torch.float64, **ROWS[row])
     got, cotangent = results(lambda **t: inner(level, **t), tensors)
     expected, _ = results(formula, tensors, cotangent)
     assert_near(got, expected, 1e-10)
@@ -225,7 +208,7 @@ def test_references_are_the_formula(row):
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "several checkpoints"])
 def test_gradcheck(row):
     sizes = {"batch": 1, "dim": 4, "length": 4, "d_state": 2, "rank": 2, "out": 3}
-    tensors = problem(dtype=torch.float64, **(sizes | options(row)))
+    tensors = problem(dtype=torch.float64, **(sizes | ROWS[row]))
     leaves = [t.detach().requires_grad_() for t in tensors.values()]
     assert torch.autograd.gradcheck(
         lambda *values: inner(**dict(zip(tensors, values, strict=True))), leaves
@@ -239,7 +222,7 @@ BOUNDS = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("row", ["base", "RMS weights", "both directions"])
 def test_dtypes_against_float64(device, row, dtype):
-    tensors = problem(device, dtype, length=130, **options(row))
+    tensors = problem(device, dtype, length=130, **ROWS[row])
     got, cotangent = results(inner, tensors)
     wide = in_float64(tensors)
     expected, _ = results(formula, wide, cotangent.cpu())
@@ -250,7 +233,7 @@ def test_dtypes_against_float64(device, row, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("row", [row for row in ROWS if "both" not in row])
 def test_checkpoint_levels_are_bit_equal(row, dtype):
-    tensors = problem(dtype=dtype, **options(row))
+    tensors = problem(dtype=dtype, **ROWS[row])
     kept, cotangent = results(lambda **t: inner(0, **t), tensors)
     again, _ = results(lambda **t: inner(1, **t), tensors, cotangent)
     for name, value in kept.items():
@@ -262,8 +245,6 @@ def test_checkpoint_levels_are_bit_equal(row, dtype):
 @pytest.mark.parametrize("complex_a", [False, True])
 def test_mamba_inner_fn(device, complex_a, is_variable_B, is_variable_C):
     """Upstream's test of that name, with the gradients that it leaves out."""
-    if complex_a and not takes_complex_a():
-        pytest.skip("the scan takes no complex A")
     given = tuple(n for n, v in (("B", is_variable_B), ("C", is_variable_C)) if not v)
     sizes = {"dim": 768, "length": 128, "d_state": 8, "rank": 48, "width": 3, "out": 384}
     tensors = problem(device, given=given, static=given, complex_a=complex_a, **sizes)
@@ -344,7 +325,7 @@ def test_empty(device, size):
 
 @pytest.mark.parametrize("row", ["base", "RMS weights", "both directions"])
 def test_compiles_to_one_graph(device, row):
-    tensors = problem(device, **options(row))
+    tensors = problem(device, **ROWS[row])
     expected, cotangent = results(inner, tensors)
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     got, _ = results(compiled, tensors, cotangent)

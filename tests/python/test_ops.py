@@ -28,6 +28,19 @@ def _scan(device):
     }
 
 
+def _scan_complex(device):
+    """A state and B are pairs of real and imaginary part, and so is a static C."""
+    shapes = {"A": (4, 3, 2), "B": (2, 2, 3, 9, 2), "C": (4, 3, 2), "initial_state": (2, 4, 3, 2)}
+    return _scan(device) | {name: -_randn(device, *shape).abs() for name, shape in shapes.items()}
+
+
+def _scan_backward_complex(device):
+    inputs = _scan_complex(device)
+    state = inputs["initial_state"]
+    given = {"dlast_state": state, "checkpoints": state.unsqueeze(2).contiguous()}
+    return _scan_backward(device) | inputs | given
+
+
 def _scan_backward(device):
     inputs = _scan(device)
     softplus = inputs.pop("delta_softplus")
@@ -181,10 +194,12 @@ SAMPLES = {
         _scan,
         _without(_scan, "D", "z", "delta_bias", "initial_state"),
         lambda device: _scan(device) | {"B": _randn(device, 4, 3), "C": _randn(device, 4, 3)},
+        _scan_complex,
     ],
     "selective_scan_backward": [
         _scan_backward,
         _without(_scan_backward, "D", "z", "delta_bias", "initial_state", "dlast_state"),
+        _scan_backward_complex,
     ],
     "causal_conv1d_forward": [_conv, _conv_packed],
     "causal_conv1d_backward": [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from compare import DTYPES, judge
 from mamba_ssm.native import ops
+from mamba_ssm.native import selective_scan as native
 from mamba_ssm.ops.selective_scan_interface import (
     SelectiveScanFn,
     selective_scan_fn,
@@ -33,17 +34,22 @@ def problem(
     static=(),
     absent=(),
     layout=None,
+    complex_a=False,
 ):
-    """Inputs of a scan as keyword arguments; the state's side is float32 (float64 for float64)."""
-    state = torch.promote_types(dtype, torch.float32)
+    """Inputs of a scan as keyword arguments; the state's side is float32 (float64 for float64), or complex."""
+    real = torch.promote_types(dtype, torch.float32)
+    state = real.to_complex() if complex_a else real
+    pairs = 2 if complex_a else 1
 
     def randn(*shape, dtype=dtype):
-        return torch.randn(shape, device=device).to(dtype)
+        return torch.randn(shape, device=device, dtype=dtype if dtype.is_complex else None).to(
+            dtype
+        )
 
     def projection(name):
         if name in static:
             return randn(dim, d_state, dtype=state)
-        return randn(batch, groups, d_state, length)
+        return randn(batch, groups, d_state, pairs * length)
 
     tensors = {
         "u": randn(batch, dim, length),
@@ -51,15 +57,17 @@ def problem(
         "A": -torch.rand(dim, d_state, device=device).to(state) - 0.1,
         "B": projection("B"),
         "C": projection("C"),
-        "D": randn(dim, dtype=state),
+        "D": randn(dim, dtype=real),
         "z": randn(batch, dim, length),
-        "delta_bias": randn(dim, dtype=state) - 1.0,
+        "delta_bias": randn(dim, dtype=real) - 1.0,
         "initial_states": randn(batch, dim, d_state, dtype=state),
     }
+    if complex_a:  # a state turns by several radians a step
+        tensors["A"] = torch.complex(tensors["A"].real, 3 * randn(dim, d_state, dtype=real))
     if layout == "time last but not dense":
         tensors["u"] = randn(batch, 2 * dim, length + 3)[:, dim:, 3:]
         tensors["z"] = randn(batch, length, dim).transpose(1, 2)
-        tensors["B"] = randn(batch, length, groups, d_state).permute(0, 2, 3, 1)
+        tensors["B"] = randn(batch, pairs * length, groups, d_state).permute(0, 2, 3, 1)
     elif layout == "stride 0":
         tensors["u"] = randn(batch, 1, length).expand(-1, dim, -1)
         tensors["delta"] = randn(1, dim, length).expand(batch, -1, -1)
@@ -73,8 +81,13 @@ def plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, reverse=Fals
     Autograd sums the reference's in pairs, which no kernel can afford and which would be too fine a yardstick.
     """
     batch, dim, length = u.shape
+    if A.is_complex():
+        B, C = (
+            torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) if t.dim() == 4 else t
+            for t in (B, C)
+        )
     repeat = [t.repeat_interleave(dim // t.shape[1], dim=1) if t.dim() == 4 else t for t in (B, C)]
-    state = initial_states if initial_states is not None else u.new_zeros(batch, *A.shape)
+    state = initial_states if initial_states is not None else A.new_zeros(batch, *A.shape)
     outs = [None] * length
     order = range(length - 1, -1, -1) if reverse else range(length)
     for t in order:
@@ -86,6 +99,7 @@ def plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, reverse=Fals
         b, c = (p[..., t] if p.dim() == 4 else p for p in repeat)
         state = torch.exp(step * A) * state + step * b * u[..., t, None]
         y = (state * c).sum(-1)
+        y = 2 * y.real if A.is_complex() else y
         y = y if D is None else y + D * u[..., t]
         outs[t] = y if z is None else y * torch.nn.functional.silu(z[..., t])
     return torch.stack(outs, -1) if length else u, state
@@ -123,10 +137,42 @@ ROWS = {
     "reverse": {"reverse": True},
     "reverse, slices and transposes": {"reverse": True, "layout": "time last but not dense"},
     "reverse, several checkpoints": {"reverse": True, "length": 777},
+    "complex A": {"complex_a": True},
+    "complex A, length 1": {"complex_a": True, "length": 1},
+    "complex A, several checkpoints and a ragged tail": {"complex_a": True, "length": 777},
+    "complex A, channels fill no vector": {"complex_a": True, "dim": 13},
+    "complex A, d_state 1": {"complex_a": True, "d_state": 1},
+    "complex A, d_state 40": {"complex_a": True, "d_state": 40},
+    "complex A, groups": {"complex_a": True, "groups": 2},
+    "complex A, a group a channel": {"complex_a": True, "groups": 24},
+    "complex A, static B": {"complex_a": True, "static": ("B",)},
+    "complex A, static C": {"complex_a": True, "static": ("C",)},
+    "complex A, static B and C": {"complex_a": True, "static": ("B", "C")},
+    "complex A, bare": {
+        "complex_a": True,
+        "absent": ("D", "z", "delta_bias", "initial_states"),
+    },
+    "complex A, slices and transposes": {
+        "complex_a": True,
+        "layout": "time last but not dense",
+    },
+    "complex A, reverse": {"complex_a": True, "reverse": True},
+    "complex A, reverse, several checkpoints": {
+        "complex_a": True,
+        "reverse": True,
+        "length": 777,
+    },
+    "complex A, reverse, static B and C": {
+        "complex_a": True,
+        "reverse": True,
+        "static": ("B", "C"),
+    },
 }
 CASES = [(row, dtype) for row in ROWS for dtype in ("f32", "bf16")] + [
     ("base", "f16"),
     ("base", "f64"),
+    ("complex A", "f16"),
+    ("complex A", "f64"),
 ]
 
 
@@ -164,10 +210,14 @@ def test_without_softplus_and_without_last_state(device):
 @pytest.mark.parametrize(
     "absent", [(), ("D", "z", "delta_bias", "initial_states")], ids=["all", "bare"]
 )
-@pytest.mark.parametrize("static", [(), ("B", "C")], ids=["varying", "static"])
-def test_gradcheck(route, absent, static, reverse):
+@pytest.mark.parametrize(
+    "static", [(), ("B",), ("C",), ("B", "C")], ids=["varying", "static B", "static C", "static"]
+)
+@pytest.mark.parametrize("complex_a", [False, True], ids=["real", "complex"])
+def test_gradcheck(route, absent, static, reverse, complex_a):
+    sizes = {"dim": 4, "length": 5, "d_state": 3, "groups": 2}
     tensors = problem(
-        dtype=torch.float64, dim=4, length=5, d_state=3, groups=2, static=static, absent=absent
+        dtype=torch.float64, static=static, absent=absent, complex_a=complex_a, **sizes
     )
     names = [name for name, tensor in tensors.items() if tensor is not None]
 
@@ -177,7 +227,10 @@ def test_gradcheck(route, absent, static, reverse):
             return selective_scan_fn(
                 **given, delta_softplus=True, return_last_state=True, reverse=reverse
             )
-        return ops.selective_scan_forward(*given.values(), True, reverse=reverse)[:2]
+        u, delta, A, B, C, *rest, initial = given.values()
+        A, B, C, initial = native.as_parts(A, B, C, initial)
+        inputs = (u, delta, A, B, C, *rest, initial)
+        return ops.selective_scan_forward(*inputs, True, reverse=reverse)[:2]
 
     assert torch.autograd.gradcheck(function, [tensors[name].requires_grad_() for name in names])
 
@@ -255,18 +308,24 @@ def sequences(device, lengths, padding=0, **changes):
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     if tensors["initial_states"] is not None:
         shape = (len(lengths), *tensors["initial_states"].shape[1:])
-        tensors["initial_states"] = torch.randn(shape, device=device).to(tensors["A"].dtype)
+        tensors["initial_states"] = torch.randn(shape, device=device, dtype=tensors["A"].dtype)
     return tensors, bounds
+
+
+def steps(tensors, name, begin, end):
+    """The steps of one of the tensors; all of it where it has none."""
+    t = tensors[name]
+    if t is None or name not in TIMED or t.dim() == 2:
+        return t
+    width = t.shape[-1] // tensors["u"].shape[-1]
+    return t[..., width * begin : width * end]
 
 
 def separate(function, tensors, bounds, **options):
     """One call for each sequence, empty ones too: (out, last_state) put together."""
     outs, last_states = [], []
     for s, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
-        part = {
-            name: t[..., begin:end] if name in TIMED and t is not None and t.dim() > 2 else t
-            for name, t in tensors.items()
-        }
+        part = {name: steps(tensors, name, begin, end) for name in tensors}
         if part["initial_states"] is not None:
             part["initial_states"] = part["initial_states"][s : s + 1]
         out, last_state = function(**part, **options, return_last_state=True)
@@ -278,8 +337,9 @@ def separate(function, tensors, bounds, **options):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_packed_is_separate(device, dtype, lengths, reverse):
-    tensors, bounds = sequences(device, lengths, dtype=DTYPES[dtype])
+@pytest.mark.parametrize("complex_a", [False, True], ids=["real", "complex"])
+def test_packed_is_separate(device, complex_a, dtype, lengths, reverse):
+    tensors, bounds = sequences(device, lengths, dtype=DTYPES[dtype], complex_a=complex_a)
     judge(
         "selective_scan",
         dtype,
@@ -302,8 +362,9 @@ def test_packed_is_separate(device, dtype, lengths, reverse):
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("static", [(), ("B", "C")], ids=["varying", "static"])
-def test_indices_of_every_batch_entry(device, static, reverse):
-    tensors = problem(device, length=300, static=static)
+@pytest.mark.parametrize("complex_a", [False, True], ids=["real", "complex"])
+def test_indices_of_every_batch_entry(device, complex_a, static, reverse):
+    tensors = problem(device, length=300, static=static, complex_a=complex_a)
     seq_idx = torch.zeros(2, 300, dtype=torch.int32, device=device)
     seq_idx[0, 100:] = 1
     seq_idx[0, 255:] = 7
@@ -321,8 +382,10 @@ def test_indices_of_every_batch_entry(device, static, reverse):
 
 @pytest.mark.parametrize("route", ["eager", "registered"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_gradcheck_packed(route, reverse):
-    tensors, bounds = sequences("cpu", [2, 0, 1, 3], 1, dtype=torch.float64, dim=2, d_state=2)
+@pytest.mark.parametrize("complex_a", [False, True], ids=["real", "complex"])
+def test_gradcheck_packed(complex_a, route, reverse):
+    sizes = {"dim": 2, "d_state": 2, "complex_a": complex_a}
+    tensors, bounds = sequences("cpu", [2, 0, 1, 3], 1, dtype=torch.float64, **sizes)
     index = torch.tensor([[0, 0, 2, 3, 3, 3, 4]], dtype=torch.int32)
 
     def function(*values):
@@ -335,7 +398,10 @@ def test_gradcheck_packed(route, reverse):
                 cu_seqlens=bounds,
                 reverse=reverse,
             )
-        return ops.selective_scan_forward(*values, True, index, 4, reverse)[:2]
+        u, delta, A, B, C, *rest, initial = values
+        A, B, C, initial = native.as_parts(A, B, C, initial)
+        inputs = (u, delta, A, B, C, *rest, initial)
+        return ops.selective_scan_forward(*inputs, True, index, 4, reverse)[:2]
 
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
 
@@ -439,19 +505,21 @@ def test_gradient_of_the_last_state_alone(device):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one sequence", "several, in reverse"])
-def test_compiles_to_one_graph(device, packed):
+@pytest.mark.parametrize("complex_a", [False, True], ids=["real", "complex"])
+def test_compiles_to_one_graph(device, packed, complex_a):
     options = {"delta_softplus": True, "return_last_state": True}
     if packed:
-        tensors, bounds = sequences(device, [13, 0, 20])
+        tensors, bounds = sequences(device, [13, 0, 20], complex_a=complex_a)
         options |= {"cu_seqlens": bounds, "reverse": True}
     else:
-        tensors = problem(device, length=33)
+        tensors = problem(device, length=33, complex_a=complex_a)
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
     function = torch.compile(selective_scan_fn, fullgraph=True, backend="aot_eager")
     results = []
     for candidate in (selective_scan_fn, function):
         out, last = candidate(**tensors, **options)
-        gradients = torch.autograd.grad(out.square().sum() + last.sum(), list(tensors.values()))
+        loss = out.square().sum() + last.abs().sum()
+        gradients = torch.autograd.grad(loss, list(tensors.values()))
         results.append((out, last, *gradients))
     for expected, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, expected)
@@ -460,13 +528,15 @@ def test_compiles_to_one_graph(device, packed):
 def gradients_of(tensors, **options):
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     out, last = selective_scan_fn(**leaves, delta_softplus=True, return_last_state=True, **options)
-    wanted = torch.autograd.grad(out.square().sum() + last.sum(), list(leaves.values()))
+    loss = out.square().sum() + last.abs().sum()
+    wanted = torch.autograd.grad(loss, list(leaves.values()))
     return [out, last, *wanted]
 
 
 @pytest.mark.parametrize("case", ["several groups", "static", "packed, in reverse"])
-def test_deterministic_mode_repeats_its_bits(device, deterministic, case):
-    changes = {"batch": 3, "dim": 96, "length": 700}
+@pytest.mark.parametrize("complex_a", [False, True], ids=["real", "complex"])
+def test_deterministic_mode_repeats_its_bits(device, deterministic, complex_a, case):
+    changes = {"batch": 3, "dim": 96, "length": 700, "complex_a": complex_a}
     options = {}
     if case == "static":
         changes["static"] = ("B", "C")
@@ -503,10 +573,64 @@ def test_apply_takes_upstreams_positional_arguments(device):
     torch.testing.assert_close((out, last), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_complex_a_is_refused_by_name():
-    tensors = problem(length=4)
-    with pytest.raises(NotImplementedError, match="complex A"):
-        selective_scan_fn(**(tensors | {"A": tensors["A"].to(torch.complex64)}))
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("static", [(), ("B",), ("B", "C")], ids=["varying", "static B", "static"])
+def test_complex_without_imaginary_parts_is_twice_real(device, dtype, static):
+    """out = 2 C h + D u: the real scan with 2 C. Real numbers get the real part of the gradients."""
+    tensors = problem(device, DTYPES[dtype], length=300, static=static)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+
+    def widened(name):
+        t = leaves[name]
+        if t.dim() == 4:
+            return torch.stack([t, torch.zeros_like(t)], -1).flatten(-2)
+        return t.to(torch.complex64)
+
+    wide = {name: widened(name) for name in ("A", "B", "C", "initial_states")}
+    options = {"delta_softplus": True, "return_last_state": True}
+    out, last = selective_scan_fn(**(leaves | wide), **options)
+    expected_out, expected_last = selective_scan_fn(**(leaves | {"C": 2 * leaves["C"]}), **options)
+    assert last.dtype == torch.complex64 and not last.imag.any()
+    cotangents = torch.randn_like(out), torch.randn_like(expected_last)
+    results, expected = (
+        [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
+        for outputs in ((out, last.real), (expected_out, expected_last))
+    )
+    for result, wanted in zip(results, expected, strict=True):
+        rtol = 1e-3 if result.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(result, wanted, rtol=rtol, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_conjugated_views_are_as_good(device):
+    """`A.conj()` is a view whose memory holds A."""
+    tensors = problem(device, length=9, static=("B", "C"), complex_a=True)
+    names = ("A", "B", "C", "initial_states")
+    views = {name: tensors[name].conj() for name in names}
+    resolved = {name: tensors[name].conj().resolve_conj() for name in names}
+    assert torch.equal(*(selective_scan_fn(**(tensors | t)) for t in (views, resolved)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"B": (2, 1, 16, 12)}, r"B must have shape \(2, 1, 16, 12, 2\)"),
+        ({"C": (2, 3, 16, 24)}, r"C must have shape|3 groups of C|B has 1 groups"),
+        ({"A": (24, 8)}, r"must have shape"),
+        ({"initial_states": (2, 24, 8)}, r"initial_state must have shape \(2, 24, 16, 2\)"),
+    ],
+    ids=["not interleaved", "other groups", "other states", "initial state"],
+)
+def test_bad_shapes_with_complex_a_are_refused_by_name(change, message):
+    tensors = problem(length=12, complex_a=True)
+    (name, shape), *_ = change.items()
+    with pytest.raises(RuntimeError, match=message):
+        selective_scan_fn(**(tensors | {name: torch.ones(shape, dtype=tensors[name].dtype)}))
+
+
+def test_complex_b_for_real_a_is_refused():
+    tensors = problem(length=12, static=("B",))
+    with pytest.raises(RuntimeError, match="B"):
+        ops.selective_scan_forward(*(tensors | {"B": tensors["B"] + 0j}).values(), True)
 
 
 @pytest.mark.gpu

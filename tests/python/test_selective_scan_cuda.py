@@ -11,21 +11,24 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCES = dict(zip(DTYPES, [(6e-4, 2e-3), (3e-3, 5e-3), (3e-2, 5e-2)], strict=True))
 
 
-def problem(device="cpu", dtype=torch.float32, length=100, absent=(), static=()):
+def problem(
+    device="cpu", dtype=torch.float32, length=100, absent=(), static=(), a_dtype=torch.float32
+):
     """The eight tensors by name, in the order of the arguments."""
+    pairs = 2 if a_dtype.is_complex else 1
 
     def randn(*shape, dtype=dtype):
-        return torch.randn(shape, device=device).to(dtype)
+        return torch.randn(shape, device=device, dtype=dtype)
 
     def projection(name):
-        if name in static:
-            return randn(6, 4, dtype=torch.float32)
-        return randn(2, 2, 4, length)
+        return randn(6, 4, dtype=a_dtype) if name in static else randn(2, 2, 4, pairs * length)
+
+    A = -torch.rand(6, 4, device=device) - 0.1
 
     tensors = {
         "u": randn(2, 6, length),
         "delta": 0.5 * randn(2, 6, length),
-        "A": -torch.rand(6, 4, device=device) - 0.1,
+        "A": torch.complex(A, 3 * torch.randn_like(A)) if a_dtype.is_complex else A,
         "B": projection("B"),
         "C": projection("C"),
         "D": randn(6, dtype=torch.float32),
@@ -38,10 +41,11 @@ def problem(device="cpu", dtype=torch.float32, length=100, absent=(), static=())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("absent", [(), ("z",), ("D", "z", "delta_bias")], ids=str)
 @pytest.mark.parametrize("static", [(), ("B",), ("B", "C")], ids=str)
-def test_fwd_and_bwd_are_the_function(device, dtype, absent, static):
-    tensors = problem(device, dtype, absent=absent, static=static)
+@pytest.mark.parametrize("a_dtype", [torch.float32, torch.complex64], ids=str)
+def test_fwd_and_bwd_are_the_function(device, a_dtype, dtype, absent, static):
+    tensors = problem(device, dtype, absent=absent, static=static, a_dtype=a_dtype)
     out, x, *out_z = selective_scan_cuda.fwd(*tensors.values(), True)
-    assert x.shape == (2, 6, 1, 8) and x.dtype == torch.float32
+    assert x.shape == (2, 6, 1, 8) and x.dtype == a_dtype
     plain = selective_scan_ref(**(tensors | {"z": None}), delta_softplus=True)
     rtol, atol = TOLERANCES[dtype]
     torch.testing.assert_close(out, plain, rtol=rtol, atol=atol)
@@ -63,16 +67,16 @@ def test_fwd_and_bwd_are_the_function(device, dtype, absent, static):
 
 
 @pytest.mark.parametrize("length", [1, 2047, 2048, 2049, 4096, 5000])
-def test_x_holds_decay_and_state_at_the_ends_of_chunks(length):
-    tensors = problem(length=length)
+@pytest.mark.parametrize("a_dtype", [torch.float32, torch.complex64], ids=str)
+def test_x_holds_decay_and_state_at_the_ends_of_chunks(a_dtype, length):
+    tensors = problem(length=length, a_dtype=a_dtype)
+    width = {n: tensors[n].shape[-1] // length for n in ("u", "delta", "B", "C", "z")}
     _, x, _ = selective_scan_cuda.fwd(*tensors.values(), True)
     ends = [min(end, length) for end in range(2048, length + 2048, 2048)]
     assert x.shape == (2, 6, len(ends), 8)
     step = torch.nn.functional.softplus(tensors["delta"] + tensors["delta_bias"][:, None])
     for chunk, end in enumerate(ends):
-        part = {
-            n: t[..., :end] if n in ("u", "delta", "B", "C", "z") else t for n, t in tensors.items()
-        }
+        part = {n: t[..., : end * width[n]] if n in width else t for n, t in tensors.items()}
         _, state = selective_scan_fn(**part, delta_softplus=True, return_last_state=True)
         torch.testing.assert_close(x[:, :, chunk, 1::2], state, rtol=1e-4, atol=1e-4)
         decay = torch.exp(step[..., :end].sum(-1, keepdim=True) * tensors["A"])

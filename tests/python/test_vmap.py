@@ -24,6 +24,13 @@ def reverse_scan(*arguments):
     return selective_scan_fn(*arguments, True, reverse=True)
 
 
+def complex_scan(u, delta, A, B, C, D, z, delta_bias, initial_state):
+    A, initial_state = torch.complex(A, A.sin()), torch.complex(initial_state, -initial_state)
+    C = torch.complex(C, C.sin()) if C.dim() == 2 else C
+    out, last_state = scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return out, torch.view_as_real(last_state)
+
+
 def conv(x, weight, bias, initial_states):
     return causal_conv1d_fn(
         x, weight, bias, None, initial_states, return_final_states=True, activation="silu"
@@ -45,6 +52,7 @@ SCAN = {
     "delta_bias": (D,),
     "initial_state": (B, D, N),
 }
+COMPLEX = SCAN | {"B": (B, G, N, 2 * L), "C": (B, G, N, 2 * L)}
 CONV = {"x": (B, D, L), "weight": (D, W), "bias": (D,), "initial_states": (B, D, W - 1)}
 NORM = {"x": (B, 6), "weight": (6,), "bias": (6,), "residual": (B, 6)}
 # name: (function, shapes, how many calls of the forward operation a mapped one takes)
@@ -55,6 +63,9 @@ CASES = {
     "scan_all": (scan, SCAN, " ".join(SCAN), 1),
     "reverse_scan": (reverse_scan, dict(list(SCAN.items())[:8]), "u delta B C z", 1),
     "scan_static_B": (scan, SCAN | {"B": (D, N)}, "u B", 1),
+    "complex_scan_batch": (complex_scan, COMPLEX, "u delta B C z initial_state", 1),
+    "complex_scan_all": (complex_scan, COMPLEX, " ".join(COMPLEX), 1),
+    "complex_scan_static_C": (complex_scan, COMPLEX | {"C": (D, N)}, "u C", 1),
     "conv_batch": (conv, CONV, "x initial_states", 1),
     "conv_parameters": (conv, CONV, "weight bias", 1),
     "conv_all": (conv, CONV, " ".join(CONV), 1),

@@ -8,6 +8,41 @@ from mamba_ssm.utils.determinism import use_deterministic_mode
 CHECKPOINT_INTERVAL = 256  # steps between two stored states
 
 
+def state_dtypes(dtype, A):
+    """(dtype of D and delta_bias, dtype of A, static B and C and the states) of a scan over u of `dtype`."""
+    real = torch.promote_types(dtype, torch.float32)
+    return real, torch.promote_types(real, torch.complex64) if A.is_complex() else real
+
+
+def as_parts(A, B, C, initial_state=None):
+    """A, B, C and states as the operations take them: complex numbers are (..., 2), real and imaginary part.
+
+    A, static B and C, initial_state: in A's dtype. Time-varying B and C for complex A: (B, G, N, 2L), both parts of a
+    step beside each other; they become (B, G, N, L, 2).
+    """
+    if not A.is_complex():
+        return A, B, C, initial_state
+
+    def parts(tensor):
+        return None if tensor is None else torch.view_as_real(tensor.resolve_conj())
+
+    def projection(tensor):
+        return parts(tensor) if tensor.dim() == 2 else tensor.unflatten(-1, (-1, 2))
+
+    return parts(A), projection(B), projection(C), parts(initial_state)
+
+
+def from_parts(A, dA, dB, dC):
+    """`as_parts` undone, for gradients by a scan with this A."""
+    if not A.is_complex():
+        return dA, dB, dC
+
+    def projection(tensor):
+        return torch.view_as_complex(tensor) if tensor.dim() == 3 else tensor.flatten(-2)
+
+    return torch.view_as_complex(dA), projection(dB), projection(dC)
+
+
 def _forward_fake(
     u,
     delta,
@@ -24,14 +59,13 @@ def _forward_fake(
     reverse=False,
 ):
     batch, dim, length = u.shape
-    d_state = A.shape[1]
     blocks = (length + CHECKPOINT_INTERVAL - 1) // CHECKPOINT_INTERVAL
     state_dtype = torch.promote_types(u.dtype, torch.float32)
     rows = batch if sequences == 0 else sequences
     return (
         u.new_empty(u.shape),
-        u.new_empty((rows, dim, d_state), dtype=state_dtype),
-        u.new_empty((batch, dim, blocks, d_state), dtype=state_dtype),
+        u.new_empty((rows, dim, *A.shape[1:]), dtype=state_dtype),
+        u.new_empty((batch, dim, blocks, *A.shape[1:]), dtype=state_dtype),
     )
 
 

@@ -8,15 +8,17 @@ import torch
 
 # Axes of tensor arguments and results, one letter each; alternatives are told apart by their rank.
 # b: batch, d: channels, g: groups of channels, r: rows; others never take the mapped dimension in.
+# p: the parts of complex numbers.
 _SHAPES = {
     "selective_scan_forward": (
-        "u:bdl delta:bdl A:dn B:dn|bgnl C:dn|bgnl D:d z:bdl delta_bias:d initial_state:bdn seq_idx:bl",
-        "bdl bdn bdkn",
+        "u:bdl delta:bdl A:dn|dnp B:dn|bgnl|dnp|bgnlp C:dn|bgnl|dnp|bgnlp D:d z:bdl delta_bias:d "
+        "initial_state:bdn|bdnp seq_idx:bl",
+        "bdl bdn|bdnp bdkn|bdknp",
     ),
     "selective_scan_backward": (
-        "dout:bdl dlast_state:bdn u:bdl delta:bdl A:dn B:dn|bgnl C:dn|bgnl D:d z:bdl delta_bias:d "
-        "initial_state:bdn checkpoints:bdkn seq_idx:bl",
-        "bdl bdl dn dn|bgnl dn|bgnl d bdl d bdn",
+        "dout:bdl dlast_state:bdn|bdnp u:bdl delta:bdl A:dn|dnp B:dn|bgnl|dnp|bgnlp C:dn|bgnl|dnp|bgnlp "
+        "D:d z:bdl delta_bias:d initial_state:bdn|bdnp checkpoints:bdkn|bdknp seq_idx:bl",
+        "bdl bdl dn|dnp dn|bgnl|dnp|bgnlp dn|bgnl|dnp|bgnlp d bdl d bdn|bdnp",
     ),
     "causal_conv1d_forward": (
         "x:bdl weight:dw bias:d seq_idx:bl initial_states:bdw",

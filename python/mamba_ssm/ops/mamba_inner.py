@@ -102,6 +102,7 @@ def _scan_inputs(A, eps, u, x_proj, delta_proj, B, C, B_bias, C_bias, b_rms, c_r
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
     """The gated scan, and the states that its backward pass starts from."""
+    A, B, C, _ = native.as_parts(A, B, C)
     out, _, checkpoints = native.selective_scan_forward(
         u, delta, A, B, C, D, z, delta_bias, None, softplus, None, 0, reverse
     )
@@ -110,10 +111,12 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, softplus, reverse):
 
 def _scan_backward(dout, u, delta, A, B, C, D, z, delta_bias, checkpoints, softplus, reverse):
     """Gradients of u, delta, B, C, D, z, delta_bias and A."""
-    tensors = (dout, None, u, delta, A, B, C, D, z, delta_bias, None, checkpoints)
+    parts = native.as_parts(A, B, C)[:3]
+    tensors = (dout, None, u, delta, *parts, D, z, delta_bias, None, checkpoints)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, _ = native.selective_scan_backward(
         *tensors, softplus, None, 0, reverse, use_deterministic_mode()
     )
+    dA, dB, dC = native.from_parts(A, dA, dB, dC)
     return du, ddelta, dB, dC, dD, dz, ddelta_bias, dA
 
 
@@ -364,8 +367,7 @@ def _inner(
     dtype = xz.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(xz.device.type):
         dtype = torch.get_autocast_dtype(xz.device.type)
-    state_dtype = torch.promote_types(dtype, torch.float32)
-    a_dtype = torch.promote_types(state_dtype, torch.complex64) if A.is_complex() else state_dtype
+    real_dtype, a_dtype = native.state_dtypes(dtype, A)
 
     def to(dtype, *tensors):
         return (None if tensor is None else tensor.to(dtype) for tensor in tensors)
@@ -383,7 +385,7 @@ def _inner(
         A.to(a_dtype),
         projection(B),
         projection(C),
-        *to(state_dtype, D, delta_bias),
+        *to(real_dtype, D, delta_bias),
         *to(dtype, B_proj_bias, C_proj_bias),
         bool(delta_softplus),
         checkpoint_lvl,

@@ -100,6 +100,8 @@ def selective_scan_fn(
 
     u, delta, z: (B, D, L), one dtype of float32, float16, bfloat16 (float64 on the CPU); out has it too.
     A: (D, N). B, C: (D, N), or (B, N, L) or (B, G, N, L) in u's dtype, G groups of D / G channels.
+    A may be complex; then so are h, initial_states and static B and C, time-varying ones are (B, N, 2L) or (B, G, N, 2L)
+    in u's dtype with real and imaginary part of a step beside each other, and out takes 2 Re(C[t] h[t]).
     D, delta_bias: (D). initial_states: (B, D, N), zero when absent.
     With delta_softplus, delta is softplus(delta + delta_bias).
     seq_idx: (B, L) int32; several sequences in a row, the state starts from zero wherever it changes.
@@ -107,18 +109,19 @@ def selective_scan_fn(
     empty, and has a row of its own in initial_states and last_state, (S, D, N). Steps beyond the last one are padding.
     With reverse the scan runs from the last step to the first, h[t] following h[t+1]: flip, scan and flip again, without
     the copies. initial_states enters at the last step, last_state is h[0].
-    Returns out, or (out, last_state) with last_state (B or S, D, N) in float32. Everything is differentiable.
+    Returns out, or (out, last_state) with last_state (B or S, D, N) in float32, or complex64. Everything is differentiable.
     """
-    if A.is_complex():
-        raise NotImplementedError("selective_scan_fn: A must be real, got complex A")
-    state_dtype = torch.promote_types(u.dtype, torch.float32)
+    is_complex = A.is_complex()
+    real_dtype, state_dtype = native.state_dtypes(u.dtype, A)
 
-    def parameter(tensor):
-        return None if tensor is None else tensor.to(state_dtype)
+    def to(dtype, *tensors):
+        return (None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
     u, delta, z = _unit_stride(u), _unit_stride(delta), _unit_stride(z)
     B, C = _projection(B, state_dtype), _projection(C, state_dtype)
-    A, D, delta_bias, initial_states = map(parameter, (A, D, delta_bias, initial_states))
+    A, initial_states = to(state_dtype, A, initial_states)
+    A, B, C, initial_states = native.as_parts(A, B, C, initial_states)
+    D, delta_bias = to(real_dtype, D, delta_bias)
     sequences = 0
     if cu_seqlens is not None:
         if seq_idx is not None:
@@ -129,9 +132,15 @@ def selective_scan_fn(
     if vmap.through_dispatcher():
         inputs = (*tensors, initial_states, softplus, seq_idx, sequences, reverse)
         out, last_state, _ = vmap.call(native.selective_scan_forward, *inputs)
-        return (out, last_state) if return_last_state else out
-    options = (softplus, return_last_state, initial_states, seq_idx, sequences, reverse)
-    return SelectiveScanFn.apply(*tensors, *options)
+    else:
+        options = (softplus, return_last_state, initial_states, seq_idx, sequences, reverse)
+        out = SelectiveScanFn.apply(*tensors, *options)
+        if not return_last_state:
+            return out
+        out, last_state = out
+    if not return_last_state:
+        return out
+    return out, torch.view_as_complex(last_state) if is_complex else last_state
 
 
 def _reference_projection(tensor, A, dim):
@@ -161,7 +170,7 @@ def selective_scan_ref(
     cu_seqlens=None,
     reverse=False,
 ):
-    """`selective_scan_fn` step by step in plain PyTorch, in float32 (float64 for float64); A may be complex."""
+    """`selective_scan_fn` step by step in plain PyTorch, in float32 (float64 for float64)."""
     if cu_seqlens is not None:
         out, last_state = _reference_of_sequences(
             cu_seqlens.tolist(),
@@ -211,7 +220,13 @@ def _reference_of_sequences(bounds, tensors, delta_softplus, initial_states, rev
     u, delta, A, B, C, D, z, delta_bias = tensors
     outs, last_states = [], []
     for s, (begin, end) in enumerate(itertools.pairwise([*bounds, u.shape[2]])):
-        part = [t if t is None or t.dim() < 3 else t[..., begin:end] for t in (u, delta, B, C, z)]
+
+        def steps(tensor, width=1, begin=begin, end=end):
+            is_static = tensor is None or tensor.dim() < 3
+            return tensor if is_static else tensor[..., width * begin : width * end]
+
+        width = 2 if A.is_complex() else 1
+        part = [steps(u), steps(delta), steps(B, width), steps(C, width), steps(z)]
         enters = None if initial_states is None or s >= len(bounds) - 1 else initial_states[s, None]
         out, last_state = selective_scan_ref(
             part[0],
