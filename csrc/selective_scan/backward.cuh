@@ -512,10 +512,24 @@ void launch_backward_row(int row, const BackwardParams& params, const Problem& p
   kRows[row](params, problem, parts);
 }
 
-// Segment by segment, last one first, then the sums over the batch.
+// launch_backward_row for a segment.
 template <class T>
-void launch_ordered(int row, const BackwardParams& params, const Problem& problem) {
-  const OrderedWorkspace workspace = ordered_workspace(problem, kBackwardConfigs[row]);
+struct RowSegment {
+  int row;
+  const BackwardParams& params;
+  const Problem& problem;
+
+  void operator()(const Parts& parts) const {
+    launch_backward_row<T>(row, params, problem, parts,
+                           std::make_index_sequence<kBackwardConfigCount>());
+  }
+};
+
+// Segment by segment, last one first, launch(parts), then the sums over the batch.
+template <class Launch>
+void launch_ordered(const Launch& launch, const BackwardParams& params, const Problem& problem,
+                    const BackwardConfig& config) {
+  const OrderedWorkspace workspace = ordered_workspace(problem, config);
   Parts parts;
   parts.dD = params.workspace.as<float>();
   parts.ddelta_bias = parts.dD + workspace.channel_sums;
@@ -543,8 +557,7 @@ void launch_ordered(int row, const BackwardParams& params, const Problem& proble
     if (workspace.varying_C) {
       parts.dC = varying + workspace.tile * (parts.last_tile - parts.first_tile);
     }
-    launch_backward_row<T>(row, params, problem, parts,
-                           std::make_index_sequence<kBackwardConfigCount>());
+    launch(parts);
     if (workspace.varying_B) {
       sum_over_blocks(params.dB, parts.dB, workspace.blocks, steps, begin, end, params.stream);
     }
@@ -570,7 +583,8 @@ void backward(const BackwardParams& params) {
   const int row = choose_backward(
       problem, mamba_native::cuda::device_info(params.in.u.device.index), params.config);
   if (params.deterministic) {
-    launch_ordered<T>(row, in_scan_order(params), problem);
+    const BackwardParams ordered = in_scan_order(params);
+    launch_ordered(RowSegment<T>{row, ordered, problem}, ordered, problem, kBackwardConfigs[row]);
     return;
   }
   clear({params.dA, params.dB, params.dC, params.dD, params.ddelta_bias}, params.stream);

@@ -88,7 +88,7 @@ Problem problem_of(const Inputs& in) {
   problem.batch = in.u.size[0];
   problem.channels = in.u.size[1];
   problem.length = in.u.size[2];
-  problem.d_state = in.A.size[1];
+  problem.d_state = in.A.size[1] * (in.is_complex() ? 2 : 1);
   problem.varying_B = is_varying(in.B);
   problem.varying_C = is_varying(in.C);
   problem.packed = in.seq_idx.present();

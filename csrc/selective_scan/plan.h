@@ -16,7 +16,7 @@ struct Problem {
   std::int64_t batch = 1;
   std::int64_t channels = 1;
   std::int64_t length = 1;
-  std::int64_t d_state = 1;
+  std::int64_t d_state = 1;  // floats of a channel's state: complex ones count twice
   std::int64_t groups = 1;
   bool varying_B = true;  // (B, G, N, L)
   bool varying_C = true;
@@ -83,6 +83,11 @@ inline constexpr BackwardConfig kBackwardConfigs[] = {
 };
 inline constexpr int kBackwardConfigCount =
     static_cast<int>(sizeof(kBackwardConfigs) / sizeof(kBackwardConfigs[0]));
+
+// Complex A has a kernel of its own per direction, for every dtype, with this many channels per
+// CTA.
+inline constexpr int kComplexWarps = 4;
+inline constexpr BackwardConfig kComplexBackward = {true, kComplexWarps, 2};
 
 // Shared memory of a backward CTA in bytes: two exchange buffers for dB and dC, one staging area
 // for dA, and the adjoint state of every (channel, state).

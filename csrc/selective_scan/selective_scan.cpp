@@ -8,6 +8,7 @@
 #include "selective_scan/cpu.h"
 #include "selective_scan/reference.h"
 #if MAMBA_WITH_CUDA
+#include "selective_scan/complex.h"
 #include "selective_scan/copy.h"
 #include "selective_scan/plan.h"
 #endif
@@ -243,7 +244,11 @@ void forward(const ForwardParams& params) {
       forward_empty(params);
     }
     if (!is_empty(sizes)) {
-      for_dtype(sizes.dtype, CudaForward{params});
+      if (sizes.is_complex) {
+        cuda::forward_complex(params);
+      } else {
+        for_dtype(sizes.dtype, CudaForward{params});
+      }
     }
 #else
     fail_without_cuda(kOp);
@@ -258,11 +263,15 @@ void forward(const ForwardParams& params) {
 std::int64_t backward_workspace(const BackwardParams& params) {
   const Sizes sizes = check_inputs("selective_scan_backward", params.in);
 #if MAMBA_WITH_CUDA
-  if (params.deterministic && sizes.device.is_cuda() && !is_empty(sizes)) {
+  const bool ordered = params.deterministic || sizes.is_complex;
+  if (ordered && sizes.device.is_cuda() && !is_empty(sizes)) {
     const Problem problem = problem_of(params);
-    const int row = choose_backward(problem, mamba_native::cuda::device_info(sizes.device.index),
-                                    params.config);
-    return wanted_floats(ordered_workspace(problem, kBackwardConfigs[row]), problem.tiles());
+    const BackwardConfig config =
+        sizes.is_complex
+            ? kComplexBackward
+            : kBackwardConfigs[choose_backward(
+                  problem, mamba_native::cuda::device_info(sizes.device.index), params.config)];
+    return wanted_floats(ordered_workspace(problem, config), problem.tiles());
   }
 #else
   static_cast<void>(sizes);
@@ -304,7 +313,11 @@ void backward(const BackwardParams& params) {
       backward_empty(params);
     }
     if (!is_empty(sizes)) {
-      for_dtype(sizes.dtype, CudaBackward{params});
+      if (sizes.is_complex) {
+        cuda::backward_complex(params);
+      } else {
+        for_dtype(sizes.dtype, CudaBackward{params});
+      }
     }
 #else
     fail_without_cuda(kOp);

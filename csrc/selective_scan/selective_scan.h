@@ -107,13 +107,13 @@ struct BackwardParams {
 
 // Every output is overwritten whole. CUDA's backward sums dA, dB, dC, dD and ddelta_bias with
 // float32 atomics, whose order varies between runs, unless `deterministic`: then every part of a
-// sum has a place of its own in `workspace`, and they are added in a fixed order. The CPU's sums
-// always have one.
+// sum has a place of its own in `workspace`, and they are added in a fixed order. The CPU's sums,
+// and those with complex A, always have one.
 void forward(const ForwardParams& params);
 void backward(const BackwardParams& params);
 
-// Elements that `workspace` has to have: 0 unless `deterministic` on a CUDA device. Reads only
-// `in`, `deterministic` and `config`.
+// Elements that `workspace` has to have: 0 unless `deterministic` or with complex A on a CUDA
+// device. Reads only `in`, `deterministic` and `config`.
 std::int64_t backward_workspace(const BackwardParams& params);
 
 }  // namespace mamba_native::selective_scan

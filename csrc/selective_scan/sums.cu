@@ -52,6 +52,14 @@ void launch(const Sums& sums, void* stream) {
   }
 }
 
+// The real (0) or imaginary (1) parts of complex numbers.
+TensorView component(const TensorView& numbers, int which) {
+  TensorView out = numbers;
+  --out.dim;
+  out.data = numbers.as<float>() + which * numbers.stride[out.dim];
+  return out;
+}
+
 // A sum to clear.
 struct Matrix {
   float* data = nullptr;
@@ -107,6 +115,11 @@ void sum_over_batch(const TensorView& to, const float* parts, std::int64_t batch
   if (!to.present()) {
     return;
   }
+  if (to.dim == 3) {
+    sum_over_batch(component(to, 0), parts, batch, stream);
+    sum_over_batch(component(to, 1), parts + batch * to.numel() / 2, batch, stream);
+    return;
+  }
   Sums sums = {};
   sums.to = to.as<float>();
   sums.from = parts;
@@ -126,6 +139,12 @@ void sum_over_batch(const TensorView& to, const float* parts, std::int64_t batch
 void sum_over_blocks(const TensorView& to, const float* parts, std::int64_t blocks,
                      std::int64_t row_steps, std::int64_t begin, std::int64_t end, void* stream) {
   const std::int64_t rows = to.size[0] * to.size[1] * to.size[2];
+  if (to.dim == 5) {
+    const float* const imaginary = parts + blocks * rows * row_steps;
+    sum_over_blocks(component(to, 0), parts, blocks, row_steps, begin, end, stream);
+    sum_over_blocks(component(to, 1), imaginary, blocks, row_steps, begin, end, stream);
+    return;
+  }
   Sums sums = {};
   sums.to = to.as<float>() + begin * to.stride[3];
   sums.from = parts;

@@ -13,11 +13,13 @@ namespace mamba_native::selective_scan::cuda {
 void clear(std::initializer_list<TensorView> sums, void* stream);
 
 // Enqueues to[...] = sum_b parts[b, ...]. `to`: (D, N) or (D) float32, any strides; nothing happens
-// when it is absent. parts: (batch, D, N) or (batch, D), contiguous.
+// when it is absent. parts: (batch, D, N) or (batch, D), contiguous. For complex numbers, (D, N,
+// 2), parts are those of the real ones, then those of the imaginary ones.
 void sum_over_batch(const TensorView& to, const float* parts, std::int64_t batch, void* stream);
 
 // Enqueues to[..., t] = sum_k parts[k, ..., t - begin] for the steps of [begin, end). `to`:
-// (B, G, N, L) float32, any strides. parts: (blocks, B, G, N, row_steps), contiguous.
+// (B, G, N, L) float32, any strides. parts: (blocks, B, G, N, row_steps), contiguous. For complex
+// numbers, (B, G, N, L, 2), as above.
 void sum_over_blocks(const TensorView& to, const float* parts, std::int64_t blocks,
                      std::int64_t row_steps, std::int64_t begin, std::int64_t end, void* stream);
 

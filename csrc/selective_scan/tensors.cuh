@@ -387,6 +387,19 @@ inline int count(std::int64_t size) {
   return static_cast<int>(size);
 }
 
+template <Scope SCOPE>
+DeviceSequences<SCOPE> device_sequences(const Inputs& in) {
+  DeviceSequences<SCOPE> out;
+  out.length = in.u.size[2];
+  out.count = count(in.sequences);
+  if (in.seq_idx.present()) {
+    out.index = in.seq_idx.as<const int>();
+    out.batch = in.seq_idx.stride[0];
+    out.step = in.seq_idx.stride[1];
+  }
+  return out;
+}
+
 template <class T, Scope SCOPE>
 DeviceInputs<T, SCOPE> device_inputs(const Inputs& in, std::int64_t groups) {
   DeviceInputs<T, SCOPE> out;
@@ -406,13 +419,7 @@ DeviceInputs<T, SCOPE> device_inputs(const Inputs& in, std::int64_t groups) {
   out.delta_bias = weights<const float>(in.delta_bias);
   out.initial_state = weights<const float>(in.initial_state);
   out.delta_softplus = in.delta_softplus;
-  out.sequences.length = out.length;
-  out.sequences.count = count(in.sequences);
-  if (in.seq_idx.present()) {
-    out.sequences.index = in.seq_idx.as<const int>();
-    out.sequences.batch = in.seq_idx.stride[0];
-    out.sequences.step = in.seq_idx.stride[1];
-  }
+  out.sequences = device_sequences<SCOPE>(in);
   return out;
 }
 

@@ -54,8 +54,9 @@ struct Case {
   std::int64_t length = 150;  // a full forward tile and a ragged one
   bool static_B = false;
   bool static_C = false;
-  bool skip = true;  // D
-  bool gate = true;  // z
+  bool complex = false;  // A, and B, C and states with it
+  bool skip = true;      // D
+  bool gate = true;      // z
   bool bias = true;
   bool softplus = true;
   bool initial = true;
@@ -340,6 +341,135 @@ std::vector<Case> star() {
              c.layout = Layout::channels_last;
              c.reverse = true;
            }),
+      with("complex", [](Case& c) { c.complex = true; }),
+      with("complex_length_1",
+           [](Case& c) {
+             c.complex = true;
+             c.length = 1;
+           }),
+      with("complex_length_256",
+           [](Case& c) {
+             c.complex = true;
+             c.length = 256;
+           }),
+      with("complex_length_600",
+           [](Case& c) {
+             c.complex = true;
+             c.length = 600;
+           }),
+      with("complex_one_channel",
+           [](Case& c) {
+             c.complex = true;
+             c.channels = 1;
+             c.states = 64;
+             c.skip = c.bias = false;
+           }),
+      with("complex_two_groups",
+           [](Case& c) {
+             c.complex = true;
+             c.groups = 2;
+           }),
+      with("complex_group_per_channel",
+           [](Case& c) {
+             c.complex = true;
+             c.groups = c.channels;
+           }),
+      with("complex_states_1",
+           [](Case& c) {
+             c.complex = true;
+             c.states = 1;
+           }),
+      with("complex_states_40",
+           [](Case& c) {
+             c.complex = true;
+             c.states = 40;
+           }),
+      with("complex_static_B",
+           [](Case& c) {
+             c.complex = true;
+             c.static_B = true;
+           }),
+      with("complex_static_C",
+           [](Case& c) {
+             c.complex = true;
+             c.static_C = true;
+           }),
+      with("complex_static_B_and_C",
+           [](Case& c) {
+             c.complex = true;
+             c.static_B = c.static_C = true;
+           }),
+      with("complex_nothing_optional",
+           [](Case& c) {
+             c.complex = true;
+             c.skip = c.gate = c.bias = c.softplus = c.initial = c.dlast = false;
+             c.delta_low = 0.01;
+             c.delta_high = 0.2;
+           }),
+      with("complex_channels_last",
+           [](Case& c) {
+             c.complex = true;
+             c.layout = Layout::channels_last;
+           }),
+      with("complex_sliced",
+           [](Case& c) {
+             c.complex = true;
+             c.layout = Layout::sliced;
+           }),
+      with("complex_expanded",
+           [](Case& c) {
+             c.complex = true;
+             c.layout = Layout::expanded;
+             c.groups = 2;
+           }),
+      with("complex_reverse_length_600",
+           [](Case& c) {
+             c.complex = true;
+             c.length = 600;
+             c.reverse = true;
+           }),
+      with("complex_reverse_static_B_and_C",
+           [](Case& c) {
+             c.complex = true;
+             c.static_B = c.static_C = true;
+             c.reverse = true;
+           }),
+      with("complex_packed_length_600",
+           [](Case& c) {
+             c.complex = true;
+             c.packing = Packing::indices;
+             c.length = 600;
+           }),
+      with("complex_packed_sliced_reverse",
+           [](Case& c) {
+             c.complex = true;
+             c.packing = Packing::indices;
+             c.layout = Layout::sliced;
+             c.reverse = true;
+           }),
+      with("complex_numbered_length_600",
+           [](Case& c) {
+             c.complex = true;
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.length = 600;
+           }),
+      with("complex_numbered_reverse_two_groups",
+           [](Case& c) {
+             c.complex = true;
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.groups = 2;
+             c.reverse = true;
+           }),
+      with("complex_numbered_one_step_each",
+           [](Case& c) {
+             c.complex = true;
+             c.batch = 1;
+             c.packing = Packing::numbered;
+             c.length = 40;
+             c.one_step = true;
+           }),
   };
 }
 
@@ -358,7 +488,25 @@ Shape activations(const Case& c, bool expand_all = false) {
   fail("unknown layout");
 }
 
-Shape projection(const Case& c, bool is_static) {
+// Where numbers have two parts: beside each other, or in `sliced` all real parts before all
+// imaginary ones.
+Shape numbers(const Case& c, Shape shape) {
+  if (!c.complex) {
+    return shape;
+  }
+  std::int64_t last = 0;
+  for (std::size_t i = 0; i < shape.strides.size(); ++i) {
+    last += (shape.sizes[i] - 1) * shape.strides[i];
+    shape.strides[i] *= c.layout == Layout::sliced ? 1 : 2;
+  }
+  if (!shape.strides.empty()) {
+    shape.strides.push_back(c.layout == Layout::sliced ? last + 1 : 1);
+  }
+  shape.sizes.push_back(2);
+  return shape;
+}
+
+Shape real_projection(const Case& c, bool is_static) {
   const std::int64_t B = c.batch, G = c.groups, N = c.states, L = c.length;
   if (is_static) {
     return c.layout == Layout::channels_last ? Shape{{c.channels, N}, {1, c.channels}}
@@ -375,6 +523,10 @@ Shape projection(const Case& c, bool is_static) {
       return {{B, G, N, L}, {N * L, 0, L, 1}};
   }
   fail("unknown layout");
+}
+
+Shape projection(const Case& c, bool is_static) {
+  return numbers(c, real_projection(c, is_static));
 }
 
 // Sequences of one step, sequences that begin and end beside the borders of tiles, sequences
@@ -405,8 +557,8 @@ struct Data {
   // The same numbers elsewhere. Parameters and states follow as float32, or float64 with float64.
   Data to(DType type, Device device) const {
     const DType sum = type == DType::f64 ? DType::f64 : DType::f32;
-    const DType type_B = B.shape().sizes.size() == 2 ? sum : type;
-    const DType type_C = C.shape().sizes.size() == 2 ? sum : type;
+    const DType type_B = B.shape().sizes.size() < 4 ? sum : type;
+    const DType type_C = C.shape().sizes.size() < 4 ? sum : type;
     return {type,
             softplus,
             reverse,
@@ -443,6 +595,13 @@ struct Data {
     return in;
   }
 
+  // `leading`, then the sizes of a channel's states.
+  Shape states(std::vector<std::int64_t> leading) const {
+    const std::vector<std::int64_t>& sizes = A.shape().sizes;
+    leading.insert(leading.end(), sizes.begin() + 1, sizes.end());
+    return {leading};
+  }
+
   // Of initial_state and last_state.
   std::int64_t rows() const { return sequences > 0 ? sequences : u.shape().sizes[0]; }
 };
@@ -460,7 +619,7 @@ Data make(const Case& c, DType dtype) {
   p.reverse = c.reverse;
   p.u = uniform(dtype, activations(c), -1, 1);
   p.delta = uniform(dtype, activations(c), c.delta_low, c.delta_high);
-  p.A = uniform(sum, {{D, N}}, c.fastest, c.slowest);
+  p.A = uniform(sum, numbers(c, {{D, N}}), c.fastest, c.slowest);
   p.B = uniform(c.static_B ? sum : dtype, projection(c, c.static_B), -1, 1);
   p.C = uniform(c.static_C ? sum : dtype, projection(c, c.static_C), -1, 1);
   p.dout = uniform(dtype, activations(c, true), -1, 1);
@@ -483,15 +642,17 @@ Data make(const Case& c, DType dtype) {
   }
   const std::int64_t rows = p.rows();
   if (c.initial) {
-    p.initial = uniform(sum,
-                        c.layout == Layout::channels_last ? Shape{{rows, D, N}, {D * N, 1, D}}
-                                                          : Shape{{rows, D, N}},
-                        -1, 1);
+    p.initial =
+        uniform(sum,
+                numbers(c, c.layout == Layout::channels_last ? Shape{{rows, D, N}, {D * N, 1, D}}
+                                                             : Shape{{rows, D, N}}),
+                -1, 1);
   }
   if (c.dlast) {
-    p.dlast = uniform(
-        sum, c.layout == Layout::expanded ? Shape{{rows, D, N}, {0, 0, 0}} : Shape{{rows, D, N}},
-        -1, 1);
+    p.dlast = uniform(sum,
+                      numbers(c, c.layout == Layout::expanded ? Shape{{rows, D, N}, {0, 0, 0}}
+                                                              : Shape{{rows, D, N}}),
+                      -1, 1);
   }
   return p;
 }
@@ -517,13 +678,12 @@ using RunBackward = std::function<void(const BackwardParams&)>;
 Forward run_forward(const Data& p, Device device, const RunForward& run, int config = -1) {
   const DType sum = p.dtype == DType::f64 ? DType::f64 : DType::f32;
   const std::vector<std::int64_t>& size = p.u.shape().sizes;
-  const std::int64_t N = p.A.shape().sizes[1];
   Forward result;
   result.out = Tensor(p.dtype, device, writable(p.u));
   result.last_state = Tensor(
-      sum, device, p.initial.present() ? writable(p.initial) : Shape{{p.rows(), size[1], N}});
+      sum, device, p.initial.present() ? writable(p.initial) : p.states({p.rows(), size[1]}));
   result.checkpoints =
-      Tensor(sum, device, {{size[0], size[1], ceil_div(size[2], kCheckpointInterval), N}});
+      Tensor(sum, device, p.states({size[0], size[1], ceil_div(size[2], kCheckpointInterval)}));
   ForwardParams params;
   params.in = p.inputs();
   params.out = result.out.view();
@@ -565,6 +725,11 @@ Backward run_backward(const Data& p, Device device, const RunBackward& run,
   params.ddelta_bias = result.dbias.view();
   params.dinitial_state = result.dinitial.view();
   params.config = config;
+  Tensor workspace;
+  if (device.is_cuda() && backward_workspace(params) > 0) {
+    workspace = Tensor(DType::f32, device, {{backward_workspace(params)}});
+    params.workspace = workspace.view();
+  }
   run(params);
   return result;
 }
@@ -771,8 +936,10 @@ TEST_P(SelectiveScanMutation, ADroppedTermFails) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Base, SelectiveScanMutation, testing::ValuesIn(rows({star().front()})),
-                         row_name);
+INSTANTIATE_TEST_SUITE_P(
+    Base, SelectiveScanMutation,
+    testing::ValuesIn(rows({star().front(), with("complex", [](Case& c) { c.complex = true; })})),
+    row_name);
 
 // A sequence cut in two, the second part starting from the first's last state, is the whole
 // sequence; the gradients agree too when the second part's gradient of its initial state enters the
@@ -1197,9 +1364,11 @@ double loss(const Data& p) {
 
 TEST(SelectiveScanOracle, BackwardMatchesFiniteDifferences) {
   for (const bool is_static : {false, true}) {
-    for (const bool softplus : {false, true}) {
+    for (const int kind : {0, 1, 2, 3}) {
+      const bool softplus = kind % 2 == 1;
       const Data p = make(with("",
                                [&](Case& c) {
+                                 c.complex = kind / 2 == 1;
                                  c.channels = 4;
                                  c.groups = is_static ? 1 : 2;
                                  c.states = 3;
