@@ -7,7 +7,6 @@
 #include "core/error.h"
 #include "core/math.h"
 #include "core/parallel_for.h"
-#include "selective_scan/reference.h"
 #include "selective_scan/scan_order.h"
 
 namespace mamba_native::selective_scan::cpu {
@@ -64,7 +63,7 @@ class Slices {
  public:
   Slices(const Inputs& in, int lanes, std::int64_t wanted)
       : lanes_(lanes), channels_(in.u.size[1]) {
-    const std::int64_t groups = in.B.dim == 4 ? in.B.size[1] : in.C.dim == 4 ? in.C.size[1] : 1;
+    const std::int64_t groups = is_varying(in.B) ? in.B.size[1] : is_varying(in.C) ? in.C.size[1] : 1;
     group_channels_ = channels_ / groups;
     const std::int64_t blocks = ceil_div(group_channels_, lanes);
     const std::int64_t all_blocks = in.u.size[0] * groups * blocks;
@@ -144,13 +143,18 @@ float* address(const TensorView& tensor, std::int64_t i, std::int64_t j) {
   return tensor.as<float>() + i * tensor.stride[0] + j * tensor.stride[1];
 }
 
+// Of (D, N).
+float& element(const Inputs& in, const TensorView& tensor, std::int64_t d, std::int64_t row) {
+  return tensor.as<float>()[d * tensor.stride[0] + rows_of(in, tensor, 1).offset(row)];
+}
+
 // What sequences without steps leave; kernels overwrite the rows of the others.
-void copy_states(const TensorView& to, const TensorView& from) {
+void copy_states(const Inputs& in, const TensorView& to, const TensorView& from) {
   for (std::int64_t row = 0; to.present() && row < to.size[0]; ++row) {
     for (std::int64_t d = 0; d < to.size[1]; ++d) {
-      for (std::int64_t n = 0; n < to.size[2]; ++n) {
-        address(to, row, d)[n * to.stride[2]] =
-            from.present() ? address(from, row, d)[n * from.stride[2]] : 0.0f;
+      for (std::int64_t n = 0; n < count_rows(in); ++n) {
+        address(to, row, d)[rows_of(in, to, 2).offset(n)] =
+            from.present() ? address(from, row, d)[rows_of(in, from, 2).offset(n)] : 0.0f;
       }
     }
   }
@@ -163,9 +167,10 @@ bool has_empty_rows(const Inputs& in) { return in.sequences > 0 || in.u.size[2] 
 // for the direction of time.
 void add_parts(const TensorView& to, const Slices& slices, const std::vector<float>& parts,
                std::int64_t begin, std::int64_t end) {
-  const std::int64_t states = to.size[2];
+  const std::int64_t parts_of_number = to.dim - 3;
+  const std::int64_t states = to.size[2] * parts_of_number;
   const std::int64_t length = to.size[3];
-  const std::int64_t time = to.stride[3];  // 1, or -1 in a reverse scan
+  const std::int64_t time = to.stride[3];  // 1, or 2 for complex numbers; negative in reverse scans
   const std::int64_t part_steps = ceil_div(end - begin, kCheckpointInterval) * kCheckpointInterval;
   parallel_for(to.size[0] * to.size[1] * states, grain(slices.per_group() * (end - begin)),
                [&](std::int64_t first, std::int64_t last) {
@@ -180,11 +185,11 @@ void add_parts(const TensorView& to, const Slices& slices, const std::vector<flo
                        sum[static_cast<std::size_t>(t)] += part[t];
                      }
                    }
-                   float* const at = to.as<float>() + row * length + begin * time;
-                   if (time > 0) {
-                     std::copy(sum.begin(), sum.end(), at);
-                   } else {
-                     std::reverse_copy(sum.begin(), sum.end(), at - (end - begin - 1));
+                   float* const at = to.as<float>() +
+                                     row / parts_of_number * parts_of_number * length +
+                                     row % parts_of_number + begin * time;
+                   for (std::int64_t t = 0; t < end - begin; ++t) {
+                     at[t * time] = sum[static_cast<std::size_t>(t)];
                    }
                  }
                });
@@ -193,13 +198,9 @@ void add_parts(const TensorView& to, const Slices& slices, const std::vector<flo
 }  // namespace
 
 void forward(const ForwardParams& given, Isa isa) {
-  if (given.in.is_complex()) {
-    reference::forward<float>(given);
-    return;
-  }
   const ForwardParams params = in_scan_order(given);
   if (has_empty_rows(params.in)) {
-    copy_states(params.last_state, params.in.initial_state);
+    copy_states(params.in, params.last_state, params.in.initial_state);
   }
   if (isa == Isa::plain) {
     plain::forward(params);
@@ -207,9 +208,9 @@ void forward(const ForwardParams& given, Isa isa) {
   }
   const Kernels& kernels = kernels_of(isa);
   const Slices slices(params.in, kernels.lanes, kForwardSlices);
-  const std::int64_t scratch_size = kernels.forward_scratch(params.in.A.size[1], slices.largest());
-  const std::int64_t slice_grain =
-      grain(slices.largest() * params.in.u.size[2] * params.in.A.size[1]);
+  const std::int64_t states = count_rows(params.in);
+  const std::int64_t scratch_size = kernels.forward_scratch(states, slices.largest());
+  const std::int64_t slice_grain = grain(slices.largest() * params.in.u.size[2] * states);
   parallel_for(slices.count(), slice_grain, [&](std::int64_t begin, std::int64_t end) {
     Scratch scratch(scratch_size);
     for (std::int64_t i = begin; i < end; ++i) {
@@ -219,26 +220,26 @@ void forward(const ForwardParams& given, Isa isa) {
 }
 
 void backward(const BackwardParams& given, Isa isa) {
-  if (isa == Isa::plain || given.in.is_complex()) {
+  if (isa == Isa::plain) {
     plain::backward(given);
     return;
   }
   const BackwardParams params = in_scan_order(given);
   if (has_empty_rows(params.in)) {
-    copy_states(params.dinitial_state, params.dlast_state);
+    copy_states(params.in, params.dinitial_state, params.dlast_state);
   }
   const Kernels& kernels = kernels_of(isa);
   const Inputs& in = params.in;
   const std::int64_t batch = in.u.size[0];
   const std::int64_t channels = in.u.size[1];
   const std::int64_t length = in.u.size[2];
-  const std::int64_t states = in.A.size[1];
+  const std::int64_t states = count_rows(in);
   const Slices slices(in, kernels.lanes, kBackwardSlices);
   Quantities quantities(slices, kernels.lanes, states);
 
   // Backwards through time, a segment at a time: the partial sums of one segment bound the memory.
-  const bool varying_B = in.B.dim == 4;
-  const bool varying_C = in.C.dim == 4;
+  const bool varying_B = is_varying(in.B);
+  const bool varying_C = is_varying(in.C);
   const std::int64_t tiles = ceil_div(length, kCheckpointInterval);
   const std::int64_t tile_floats =
       slices.count() * states * kCheckpointInterval * (int{varying_B} + int{varying_C});
@@ -289,12 +290,12 @@ void backward(const BackwardParams& given, Isa isa) {
           dB += quantities.at(kSumB, b, d, n);
           dC += quantities.at(kSumC, b, d, n);
         }
-        *address(params.dA, d, n) = dA;
+        element(in, params.dA, d, n) = dA;
         if (!varying_B) {
-          *address(params.dB, d, n) = dB;
+          element(in, params.dB, d, n) = dB;
         }
         if (!varying_C) {
-          *address(params.dC, d, n) = dC;
+          element(in, params.dC, d, n) = dC;
         }
       }
       float dD = 0, ddelta_bias = 0;

@@ -4,12 +4,37 @@
 
 #include <cstdint>
 
+#include "core/compiler.h"
 #include "core/cpu/isa.h"
 #include "selective_scan/selective_scan.h"
 
 namespace mamba_native::selective_scan::cpu {
 
 using mamba_native::cpu::Isa;
+
+// The kernels see a channel's states as rows of floats: N, or 2 N for complex ones, whose real and
+// imaginary parts are neighbours. `offset` is a row's place in a tensor. Always inlined, because
+// the kernels of several instruction sets include it.
+struct StateRows {
+  std::int64_t state = 1;
+  std::int64_t part = 0;
+  std::int64_t parts = 1;
+
+  MAMBA_ALWAYS_INLINE std::int64_t offset(std::int64_t row) const {
+    return row / parts * state + row % parts * part;
+  }
+};
+
+// Of a tensor with the states in dimension `dim`.
+MAMBA_ALWAYS_INLINE StateRows rows_of(const Inputs& in, const TensorView& view, int dim) {
+  const bool is_complex = in.A.dim == 3;
+  return is_complex ? StateRows{view.stride[dim], view.stride[view.dim - 1], 2}
+                    : StateRows{view.stride[dim], 0, 1};
+}
+
+MAMBA_ALWAYS_INLINE std::int64_t count_rows(const Inputs& in) {
+  return in.A.dim == 3 ? 2 * in.A.size[1] : in.A.size[1];
+}
 
 // Parallel over slices: see Slice. Kernels get views in the order of the scan: `reverse` is a
 // negative stride to them. Results depend on the instruction set, never on the threads.

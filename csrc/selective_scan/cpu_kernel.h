@@ -163,13 +163,14 @@ MAMBA_ALWAYS_INLINE Vec<Arch> reversed(Vec<Arch> value) {
   return xsimd::swizzle(value, xsimd::make_batch_constant<std::uint32_t, LastFirst, Arch>());
 }
 
-// to[state][step], STEPS to a row = from[state * row + step * time]; zero for further steps up to a
-// multiple of kLanes.
+// to[row][step], STEPS to a row = first[offset of the row + step * time]; zero for further steps up
+// to a multiple of kLanes.
 template <class Arch, int STEPS, class T>
-void load_rows(const T* from, std::int64_t row, std::int64_t time, std::int64_t states, int steps,
-               float* to) {
+void load_rows(const T* first, const StateRows& rows, std::int64_t time, std::int64_t states,
+               int steps, float* to) {
   constexpr int kWidth = kLanes<Arch>;
-  for (std::int64_t n = 0; n < states; ++n, from += row, to += STEPS) {
+  for (std::int64_t n = 0; n < states; ++n, to += STEPS) {
+    const T* const from = first + rows.offset(n);
     int t = 0;
     if (time == 1) {
       for (; t + kWidth <= steps; t += kWidth) {
@@ -201,7 +202,7 @@ struct Place {
 template <class Arch, class T>
 MAMBA_ALWAYS_INLINE T* at(const TensorView& view, const Place& place) {
   return static_cast<T*>(view.data) + place.batch * view.stride[0] + place.row * view.stride[1] +
-         place.time * view.stride[view.dim - 1];
+         place.time * view.stride[view.dim < 4 ? 2 : 3];
 }
 
 template <class Arch>
@@ -232,36 +233,36 @@ void store_tile(const TensorView& view, const Place& place, int channels, int st
 }
 
 template <class Arch, int STEPS>
-void load_rows(const TensorView& view, const Place& place, int steps, float* to) {
-  const std::int64_t row = view.stride[2];
+void load_rows(const Inputs& in, const TensorView& view, const Place& place, int steps, float* to) {
+  const StateRows rows = rows_of(in, view, 2);
   const std::int64_t time = view.stride[3];
-  const std::int64_t states = view.size[2];
+  const std::int64_t states = count_rows(in);
   if (view.dtype == DType::f32) {
-    load_rows<Arch, STEPS>(at<Arch, const float>(view, place), row, time, states, steps, to);
+    load_rows<Arch, STEPS>(at<Arch, const float>(view, place), rows, time, states, steps, to);
   } else if (view.dtype == DType::f16) {
-    load_rows<Arch, STEPS>(at<Arch, const Half>(view, place), row, time, states, steps, to);
+    load_rows<Arch, STEPS>(at<Arch, const Half>(view, place), rows, time, states, steps, to);
   } else {
-    load_rows<Arch, STEPS>(at<Arch, const BFloat16>(view, place), row, time, states, steps, to);
+    load_rows<Arch, STEPS>(at<Arch, const BFloat16>(view, place), rows, time, states, steps, to);
   }
 }
 
-// [state][lane] = from[lane * channel + state * step], zero for missing channels, and back.
+// [row][lane] = from[lane * channel + offset of the row], zero for missing channels, and back.
 template <class Arch>
-void gather(const float* from, std::int64_t channel, std::int64_t step, int channels,
+void gather(const float* from, std::int64_t channel, const StateRows& rows, int channels,
             std::int64_t states, float* to) {
   for (std::int64_t n = 0; n < states; ++n) {
     for (int c = 0; c < kLanes<Arch>; ++c) {
-      to[n * kLanes<Arch> + c] = c < channels ? from[c * channel + n * step] : 0.0f;
+      to[n * kLanes<Arch> + c] = c < channels ? from[c * channel + rows.offset(n)] : 0.0f;
     }
   }
 }
 
 template <class Arch>
-void scatter(float* to, std::int64_t channel, std::int64_t step, int channels, std::int64_t states,
-             const float* from) {
+void scatter(float* to, std::int64_t channel, const StateRows& rows, int channels,
+             std::int64_t states, const float* from) {
   for (std::int64_t n = 0; n < states; ++n) {
     for (int c = 0; c < channels; ++c) {
-      to[c * channel + n * step] = from[n * kLanes<Arch> + c];
+      to[c * channel + rows.offset(n)] = from[n * kLanes<Arch> + c];
     }
   }
 }
@@ -269,22 +270,22 @@ void scatter(float* to, std::int64_t channel, std::int64_t step, int channels, s
 // States of a block of channels, a row of a (B or S, D, N) view: zero where the view or the row is
 // absent, and no store there.
 template <class Arch>
-void load_states(const TensorView& view, std::int64_t row, std::int64_t first, int channels,
-                 std::int64_t states, float* to) {
+void load_states(const Inputs& in, const TensorView& view, std::int64_t row, std::int64_t first,
+                 int channels, std::int64_t states, float* to) {
   if (view.dim >= 0 && row >= 0) {
-    gather<Arch>(at<Arch, const float>(view, {row, first, 0}), view.stride[1], view.stride[2],
-                 channels, states, to);
+    gather<Arch>(at<Arch, const float>(view, {row, first, 0}), view.stride[1],
+                 rows_of(in, view, 2), channels, states, to);
   } else {
-    gather<Arch>(nullptr, 0, 0, 0, states, to);
+    gather<Arch>(nullptr, 0, StateRows(), 0, states, to);
   }
 }
 
 template <class Arch>
-void store_states(const TensorView& view, std::int64_t row, std::int64_t first, int channels,
-                  std::int64_t states, const float* from) {
+void store_states(const Inputs& in, const TensorView& view, std::int64_t row, std::int64_t first,
+                  int channels, std::int64_t states, const float* from) {
   if (view.dim >= 0 && row >= 0) {
-    scatter<Arch>(at<Arch, float>(view, {row, first, 0}), view.stride[1], view.stride[2], channels,
-                  states, from);
+    scatter<Arch>(at<Arch, float>(view, {row, first, 0}), view.stride[1], rows_of(in, view, 2),
+                  channels, states, from);
   }
 }
 
@@ -314,7 +315,7 @@ MAMBA_ALWAYS_INLINE Vec<Arch> projection(const float* from, int state, int step)
 // Floats between the projections of two successive states.
 template <class Arch, int STEPS>
 MAMBA_ALWAYS_INLINE std::int64_t projection_stride(const TensorView& view) {
-  return view.dim == 4 ? STEPS : kLanes<Arch>;
+  return view.dim >= 4 ? STEPS : kLanes<Arch>;
 }
 
 // ---- forward ----
@@ -348,8 +349,68 @@ void forward_states(int steps, const float* a, const float* b, const float* c, c
   }
 }
 
+// exp(delta A) of complex states.
+template <class Arch>
+struct Turn {
+  Vec<Arch> re;
+  Vec<Arch> im;
+
+  MAMBA_ALWAYS_INLINE Turn(Vec<Arch> exponent, Vec<Arch> angle) {
+    const Vec<Arch> size = mamba_native::cpu::exp2_decay<Arch>(exponent);
+    const auto [sine, cosine] = xsimd::sincos(angle);
+    re = size * cosine;
+    im = size * sine;
+  }
+};
+
+// The same with complex states, two rows each: y += 2 Re(C h).
+template <class Arch, int STATES, bool VARYING_B, bool VARYING_C>
+void forward_complex(int steps, const float* a, const float* b, const float* c, const float* delta,
+                     const float* x, float* y, float* h) {
+  using V = Vec<Arch>;
+  constexpr int kWidth = kLanes<Arch>;
+  V rate[2 * STATES];
+  V state[2 * STATES];
+  for (int k = 0; k < 2 * STATES; ++k) {
+    rate[k] = V::load_unaligned(a + k * kWidth);
+    state[k] = V::load_unaligned(h + k * kWidth);
+  }
+  for (int t = 0; t < steps; ++t) {
+    const V step_delta = V::load_unaligned(delta + t * kWidth);
+    const V step_x = V::load_unaligned(x + t * kWidth);
+    V sum = V(0.0f);
+    for (int k = 0; k < 2 * STATES; k += 2) {
+      const Turn<Arch> decay(step_delta * rate[k], step_delta * rate[k + 1]);
+      const V re = xsimd::fma(decay.re, state[k],
+                              projection<Arch, kForwardSteps, VARYING_B>(b, k, t) * step_x);
+      const V im = xsimd::fma(decay.re, state[k + 1],
+                              projection<Arch, kForwardSteps, VARYING_B>(b, k + 1, t) * step_x);
+      const V last = state[k];
+      state[k] = xsimd::fnma(decay.im, state[k + 1], re);
+      state[k + 1] = xsimd::fma(decay.im, last, im);
+      sum = xsimd::fma(state[k], projection<Arch, kForwardSteps, VARYING_C>(c, k, t), sum);
+      sum = xsimd::fnma(state[k + 1], projection<Arch, kForwardSteps, VARYING_C>(c, k + 1, t), sum);
+    }
+    xsimd::fma(V(2.0f), sum, V::load_unaligned(y + t * kWidth)).store_unaligned(y + t * kWidth);
+  }
+  for (int k = 0; k < 2 * STATES; ++k) {
+    state[k].store_unaligned(h + k * kWidth);
+  }
+}
+
 using ForwardStates = void (*)(int steps, const float* a, const float* b, const float* c,
                                const float* delta, const float* x, float* y, float* h);
+
+// ROWS of states at once.
+template <class Arch, int ROWS>
+ForwardStates forward_complex_for(bool varying_B, bool varying_C) {
+  if (varying_B) {
+    return varying_C ? &forward_complex<Arch, ROWS / 2, true, true>
+                     : &forward_complex<Arch, ROWS / 2, true, false>;
+  }
+  return varying_C ? &forward_complex<Arch, ROWS / 2, false, true>
+                   : &forward_complex<Arch, ROWS / 2, false, false>;
+}
 
 template <class Arch, int STATES>
 ForwardStates forward_states_for(bool varying_B, bool varying_C) {
@@ -370,24 +431,32 @@ struct BlockConstants {
       : a(memory), b(a + states * kLanes<Arch>), c(b + states * kLanes<Arch>) {}
 
   void load(const Inputs& in, std::int64_t first, int channels, std::int64_t states) const {
-    gather<Arch>(static_cast<const float*>(in.A.data) + first * in.A.stride[0], in.A.stride[0],
-                 in.A.stride[1], channels, states, a);
-    for (std::int64_t i = 0; i < states * kLanes<Arch>; ++i) {
-      a[i] *= kLog2E;
+    load(in, in.A, first, channels, states, a);
+    // A complex rate has a second part, the angle that a state turns by.
+    const std::int64_t parts = in.A.dim == 3 ? 2 : 1;
+    for (std::int64_t n = 0; n < states; n += parts) {
+      for (int i = 0; i < kLanes<Arch>; ++i) {
+        a[n * kLanes<Arch> + i] *= kLog2E;
+      }
     }
-    if (in.B.dim == 2) {
-      gather<Arch>(static_cast<const float*>(in.B.data) + first * in.B.stride[0], in.B.stride[0],
-                   in.B.stride[1], channels, states, b);
+    if (in.B.dim < 4) {
+      load(in, in.B, first, channels, states, b);
     }
-    if (in.C.dim == 2) {
-      gather<Arch>(static_cast<const float*>(in.C.data) + first * in.C.stride[0], in.C.stride[0],
-                   in.C.stride[1], channels, states, c);
+    if (in.C.dim < 4) {
+      load(in, in.C, first, channels, states, c);
     }
   }
 
-  float* a;  // A'
+  float* a;  // A', in rows of angles A
   float* b;  // B and C where they are static
   float* c;
+
+ private:
+  static void load(const Inputs& in, const TensorView& view, std::int64_t first, int channels,
+                   std::int64_t states, float* to) {
+    gather<Arch>(static_cast<const float*>(view.data) + first * view.stride[0], view.stride[0],
+                 rows_of(in, view, 1), channels, states, to);
+  }
 };
 
 template <class Arch>
@@ -402,13 +471,18 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
   using V = Vec<Arch>;
   constexpr int kWidth = kLanes<Arch>;
   const Inputs& in = params.in;
-  const std::int64_t states = in.A.size[1];
+  const std::int64_t states = count_rows(in);
   const std::int64_t length = in.u.size[2];
-  const bool varying_B = in.B.dim == 4;
-  const bool varying_C = in.C.dim == 4;
+  const bool varying_B = in.B.dim >= 4;
+  const bool varying_C = in.C.dim >= 4;
   const bool gated = in.z.dim >= 0;
-  const ForwardStates run = forward_states_for<Arch, kForwardStates>(varying_B, varying_C);
-  const ForwardStates run_one = forward_states_for<Arch, 1>(varying_B, varying_C);
+  const bool is_complex = in.A.dim == 3;
+  const int one = is_complex ? 2 : 1;  // rows of a state
+  const ForwardStates run =
+      is_complex ? forward_complex_for<Arch, kForwardStates>(varying_B, varying_C)
+                 : forward_states_for<Arch, kForwardStates>(varying_B, varying_C);
+  const ForwardStates run_one = is_complex ? forward_complex_for<Arch, 2>(varying_B, varying_C)
+                                           : forward_states_for<Arch, 1>(varying_B, varying_C);
   const Sequences sequences(in, slice.batch);
 
   Arena<Arch> arena(scratch);
@@ -434,10 +508,10 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
     const int steps =
         static_cast<int>(length - start < kForwardSteps ? length - start : kForwardSteps);
     if (varying_B) {
-      load_rows<Arch, kForwardSteps>(in.B, {slice.batch, slice.group, start}, steps, rows_B);
+      load_rows<Arch, kForwardSteps>(in, in.B, {slice.batch, slice.group, start}, steps, rows_B);
     }
     if (varying_C) {
-      load_rows<Arch, kForwardSteps>(in.C, {slice.batch, slice.group, start}, steps, rows_C);
+      load_rows<Arch, kForwardSteps>(in, in.C, {slice.batch, slice.group, start}, steps, rows_C);
     }
     for (std::int64_t done = 0; done < slice.count; done += kWidth) {
       const std::int64_t first = slice.first + done;
@@ -448,13 +522,13 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
       const BlockConstants<Arch> constants(block, states);
       float* const h = block + BlockConstants<Arch>::kArrays * block_floats;
       if (start == 0) {
-        load_states<Arch>(in.initial_state, sequences.entering(0), first, channels, states, h);
+        load_states<Arch>(in, in.initial_state, sequences.entering(0), first, channels, states, h);
       }
       if (start % kCheckpointInterval == 0) {
         const TensorView& to = params.checkpoints;
         scatter<Arch>(static_cast<float*>(to.data) + slice.batch * to.stride[0] +
                           first * to.stride[1] + start / kCheckpointInterval * states,
-                      to.stride[1], 1, channels, states, h);
+                      to.stride[1], StateRows(), channels, states, h);
       }
 
       load_tile<Arch>(in.delta, place, channels, steps, delta);
@@ -480,7 +554,7 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
       for (std::int64_t begin = start, end; begin < start + steps; begin = end) {
         end = sequences.end_of(begin, start + steps);
         if (begin > 0 && sequences.begins(begin)) {
-          load_states<Arch>(in.initial_state, sequences.entering(begin), first, channels, states,
+          load_states<Arch>(in, in.initial_state, sequences.entering(begin), first, channels, states,
                             h);
         }
         const int from = static_cast<int>(begin - start);
@@ -491,10 +565,10 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
               count, constants.a + n * kWidth, b + n * stride_B + (varying_B ? from : 0),
               c + n * stride_C + (varying_C ? from : 0), delta + from * kWidth, x + from * kWidth,
               y + from * kWidth, h + n * kWidth);
-          n += several ? kForwardStates : 1;
+          n += several ? kForwardStates : one;
         }
         if (sequences.ends(end - 1)) {
-          store_states<Arch>(params.last_state, sequences.leaving(end - 1), first, channels, states,
+          store_states<Arch>(in, params.last_state, sequences.leaving(end - 1), first, channels, states,
                              h);
         }
       }
@@ -667,6 +741,115 @@ void backward_states(int steps, const float* a, const float* b, const float* c, 
   }
 }
 
+// The same with one complex state, two rows: its adjoint is multiplied by conjugates, and C and h
+// meet 2 g. sum_qAa takes the angle's part in the unit of the other one.
+template <class Arch, bool VARYING_B, bool VARYING_C>
+void backward_complex(int steps, const float* a, const float* b, const float* c, const float* h,
+                      const BackwardTile<Arch>& tile, float* quantities,
+                      std::int64_t quantity_floats, float* dB, float* dC, std::int64_t row) {
+  using V = Vec<Arch>;
+  constexpr int kWidth = kLanes<Arch>;
+  constexpr int kHistory = (kBackwardSteps + 1) * kWidth + Arena<Arch>::kLine;
+  constexpr int kDecays = kBackwardSteps * kWidth + Arena<Arch>::kLine;
+  const V rate = V::load_unaligned(a);
+  const V angle = V::load_unaligned(a + kWidth);
+  float* const history_im = tile.history + kHistory;
+  float* const decays_im = tile.decays + kDecays;
+  V re = V::load_unaligned(h);
+  V im = V::load_unaligned(h + kWidth);
+  re.store_unaligned(tile.history);
+  im.store_unaligned(history_im);
+  for (int t = 0; t < steps; ++t) {
+    const V delta = V::load_unaligned(tile.delta + t * kWidth);
+    const V x = V::load_unaligned(tile.x + t * kWidth);
+    const Turn<Arch> decay(delta * rate, delta * angle);
+    const V input = projection<Arch, kBackwardSteps, VARYING_B>(b, 0, t) * x;
+    const V input_im = projection<Arch, kBackwardSteps, VARYING_B>(b, 1, t) * x;
+    const V last = re;
+    re = xsimd::fnma(decay.im, im, xsimd::fma(decay.re, re, input));
+    im = xsimd::fma(decay.im, last, xsimd::fma(decay.re, im, input_im));
+    V sum = re * projection<Arch, kBackwardSteps, VARYING_C>(c, 0, t);
+    sum = xsimd::fnma(im, projection<Arch, kBackwardSteps, VARYING_C>(c, 1, t), sum);
+    xsimd::fma(V(2.0f), sum, V::load_unaligned(tile.y + t * kWidth))
+        .store_unaligned(tile.y + t * kWidth);
+    decay.re.store_unaligned(tile.decays + t * kWidth);
+    decay.im.store_unaligned(decays_im + t * kWidth);
+    re.store_unaligned(tile.history + (t + 1) * kWidth);
+    im.store_unaligned(history_im + (t + 1) * kWidth);
+  }
+
+  V carry = V::load_unaligned(quantities + kCarry * quantity_floats);
+  V carry_im = V::load_unaligned(quantities + kCarry * quantity_floats + kWidth);
+  V sums[kQuantities][2];  // of kSumA, kSumB and kSumC
+  for (int i = kSumA; i < kQuantities; ++i) {
+    sums[i][0] = sums[i][1] = V(0.0f);
+  }
+  for (int start = (steps - 1) / kWidth * kWidth; start >= 0; start -= kWidth) {
+    alignas(64) float rows_B[2][kWidth * kWidth];
+    alignas(64) float rows_C[2][kWidth * kWidth];
+    const int count = steps - start < kWidth ? steps - start : kWidth;
+    for (int i = count - 1; i >= 0; --i) {
+      const int t = start + i;
+      const V delta = V::load_unaligned(tile.delta + t * kWidth);
+      const V x = V::load_unaligned(tile.x + t * kWidth);
+      const V g = V(2.0f) * V::load_unaligned(tile.g + t * kWidth);
+      const V q = xsimd::fma(projection<Arch, kBackwardSteps, VARYING_C>(c, 0, t), g, carry);
+      const V q_im = xsimd::fnma(projection<Arch, kBackwardSteps, VARYING_C>(c, 1, t), g, carry_im);
+      const float* const now = tile.history + (t + 1) * kWidth;
+      const float* const now_im = history_im + (t + 1) * kWidth;
+      const V dC_re = g * V::load_unaligned(now);
+      const V dC_im = -(g * V::load_unaligned(now_im));
+      if constexpr (VARYING_C) {
+        dC_re.store_unaligned(rows_C[0] + i * kWidth);
+        dC_im.store_unaligned(rows_C[1] + i * kWidth);
+      } else {
+        sums[kSumC][0] = sums[kSumC][0] + dC_re;
+        sums[kSumC][1] = sums[kSumC][1] + dC_im;
+      }
+      if constexpr (VARYING_B) {
+        (q * x).store_unaligned(rows_B[0] + i * kWidth);
+        (q_im * x).store_unaligned(rows_B[1] + i * kWidth);
+      } else {
+        sums[kSumB][0] = xsimd::fma(q, x, sums[kSumB][0]);
+        sums[kSumB][1] = xsimd::fma(q_im, x, sums[kSumB][1]);
+      }
+      V sum_qB = V::load_unaligned(tile.sum_qB + t * kWidth);
+      sum_qB = xsimd::fma(q, projection<Arch, kBackwardSteps, VARYING_B>(b, 0, t), sum_qB);
+      sum_qB = xsimd::fma(q_im, projection<Arch, kBackwardSteps, VARYING_B>(b, 1, t), sum_qB);
+      sum_qB.store_unaligned(tile.sum_qB + t * kWidth);
+      const V decay = V::load_unaligned(tile.decays + t * kWidth);
+      const V decay_im = V::load_unaligned(decays_im + t * kWidth);
+      carry = xsimd::fma(decay, q, decay_im * q_im);
+      carry_im = xsimd::fnma(decay_im, q, decay * q_im);
+      const V before = V::load_unaligned(now - kWidth);
+      const V before_im = V::load_unaligned(now_im - kWidth);
+      const V qa = xsimd::fma(carry, before, carry_im * before_im);
+      const V qa_im = xsimd::fnma(carry, before_im, carry_im * before);
+      V sum_qAa = V::load_unaligned(tile.sum_qAa + t * kWidth);
+      sum_qAa = xsimd::fma(qa, rate, xsimd::fma(qa_im, V(kLog2E) * angle, sum_qAa));
+      sum_qAa.store_unaligned(tile.sum_qAa + t * kWidth);
+      sums[kSumA][0] = xsimd::fma(qa, delta, sums[kSumA][0]);
+      sums[kSumA][1] = xsimd::fma(qa_im, delta, sums[kSumA][1]);
+    }
+    for (int part = 0; part < 2; ++part) {
+      if constexpr (VARYING_B) {
+        add_lane_sums<Arch>(rows_B[part], count, dB + part * row + start);
+      }
+      if constexpr (VARYING_C) {
+        add_lane_sums<Arch>(rows_C[part], count, dC + part * row + start);
+      }
+    }
+  }
+  carry.store_unaligned(quantities + kCarry * quantity_floats);
+  carry_im.store_unaligned(quantities + kCarry * quantity_floats + kWidth);
+  for (int i = kSumA; i < kQuantities; ++i) {
+    for (int part = 0; part < 2; ++part) {
+      float* const to = quantities + i * quantity_floats + part * kWidth;
+      (V::load_unaligned(to) + sums[i][part]).store_unaligned(to);
+    }
+  }
+}
+
 // Fills a tile from the inputs, its sums with what does not depend on the state.
 template <class Arch>
 void load_backward_tile(const BackwardParams& params, const Place& place, int channels, int steps,
@@ -759,6 +942,15 @@ using BackwardStates = void (*)(int steps, const float* a, const float* b, const
                                 std::int64_t quantity_floats, float* dB, float* dC,
                                 std::int64_t row);
 
+template <class Arch>
+BackwardStates<Arch> backward_complex_for(bool varying_B, bool varying_C) {
+  static_assert(kBackwardStates == 2, "as many rows as a complex state has");
+  if (varying_B) {
+    return varying_C ? &backward_complex<Arch, true, true> : &backward_complex<Arch, true, false>;
+  }
+  return varying_C ? &backward_complex<Arch, false, true> : &backward_complex<Arch, false, false>;
+}
+
 template <class Arch, int STATES>
 BackwardStates<Arch> backward_states_for(bool varying_B, bool varying_C) {
   if (varying_B) {
@@ -787,11 +979,13 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
   constexpr int kWidth = kLanes<Arch>;
   constexpr int kTile = kBackwardSteps * kWidth;
   const Inputs& in = params.in;
-  const std::int64_t states = in.A.size[1];
+  const std::int64_t states = count_rows(in);
   const std::int64_t length = in.u.size[2];
-  const bool varying_B = in.B.dim == 4;
-  const bool varying_C = in.C.dim == 4;
-  const BackwardStates<Arch> run = backward_states_for<Arch, kBackwardStates>(varying_B, varying_C);
+  const bool varying_B = in.B.dim >= 4;
+  const bool varying_C = in.C.dim >= 4;
+  const BackwardStates<Arch> run =
+      in.A.dim == 3 ? backward_complex_for<Arch>(varying_B, varying_C)
+                    : backward_states_for<Arch, kBackwardStates>(varying_B, varying_C);
   const BackwardStates<Arch> run_one = backward_states_for<Arch, 1>(varying_B, varying_C);
   const Sequences sequences(in, slice.batch);
   const std::int64_t row = (segment.last_tile - segment.first_tile) * kBackwardSteps;
@@ -829,10 +1023,10 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
     const int padded = (steps + kWidth - 1) / kWidth * kWidth;
     const std::int64_t in_segment = (k - segment.first_tile) * kBackwardSteps;
     if (varying_B) {
-      load_rows<Arch, kBackwardSteps>(in.B, {slice.batch, slice.group, start}, steps, rows_B);
+      load_rows<Arch, kBackwardSteps>(in, in.B, {slice.batch, slice.group, start}, steps, rows_B);
     }
     if (varying_C) {
-      load_rows<Arch, kBackwardSteps>(in.C, {slice.batch, slice.group, start}, steps, rows_C);
+      load_rows<Arch, kBackwardSteps>(in, in.C, {slice.batch, slice.group, start}, steps, rows_C);
     }
     for (std::int64_t done = 0; done < slice.count; done += kWidth) {
       const std::int64_t first = slice.first + done;
@@ -855,17 +1049,17 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
         begin = sequences.begin_of(end - 1, start);
         const bool begins = sequences.begins(begin);
         if (sequences.ends(end - 1)) {
-          load_states<Arch>(params.dlast_state, sequences.leaving(end - 1), first, channels, states,
+          load_states<Arch>(in, params.dlast_state, sequences.leaving(end - 1), first, channels, states,
                             carry);
         }
         if (begins) {
-          load_states<Arch>(in.initial_state, sequences.entering(begin), first, channels, states,
+          load_states<Arch>(in, in.initial_state, sequences.entering(begin), first, channels, states,
                             h);
         } else {
           const TensorView& stored = params.checkpoints;
           gather<Arch>(static_cast<const float*>(stored.data) + slice.batch * stored.stride[0] +
                            first * stored.stride[1] + k * states,
-                       stored.stride[1], 1, channels, states, h);
+                       stored.stride[1], StateRows(), channels, states, h);
         }
         const std::int64_t from = begin - start;
         // Steps beyond the end of time are inert, and whole vectors of steps are faster.
@@ -881,7 +1075,7 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
           n += several ? kBackwardStates : 1;
         }
         if (begins) {
-          store_states<Arch>(params.dinitial_state, sequences.entering(begin), first, channels,
+          store_states<Arch>(in, params.dinitial_state, sequences.entering(begin), first, channels,
                              states, carry);
         }
       }

@@ -126,6 +126,10 @@ void forward_of(const ForwardParams& params) {
 }  // namespace
 
 void forward(const ForwardParams& params) {
+  if (params.in.is_complex()) {
+    reference::forward<float>(params);
+    return;
+  }
   for_dtype(params.in.u.dtype, [&](auto zero) { forward_of<decltype(zero)>(params); });
 }
 
