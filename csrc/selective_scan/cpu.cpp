@@ -63,7 +63,9 @@ class Slices {
  public:
   Slices(const Inputs& in, int lanes, std::int64_t wanted)
       : lanes_(lanes), channels_(in.u.size[1]) {
-    const std::int64_t groups = is_varying(in.B) ? in.B.size[1] : is_varying(in.C) ? in.C.size[1] : 1;
+    const std::int64_t groups = is_varying(in.B)   ? in.B.size[1]
+                                : is_varying(in.C) ? in.C.size[1]
+                                                   : 1;
     group_channels_ = channels_ / groups;
     const std::int64_t blocks = ceil_div(group_channels_, lanes);
     const std::int64_t all_blocks = in.u.size[0] * groups * blocks;
@@ -172,27 +174,26 @@ void add_parts(const TensorView& to, const Slices& slices, const std::vector<flo
   const std::int64_t length = to.size[3];
   const std::int64_t time = to.stride[3];  // 1, or 2 for complex numbers; negative in reverse scans
   const std::int64_t part_steps = ceil_div(end - begin, kCheckpointInterval) * kCheckpointInterval;
-  parallel_for(to.size[0] * to.size[1] * states, grain(slices.per_group() * (end - begin)),
-               [&](std::int64_t first, std::int64_t last) {
-                 std::vector<float> sum(static_cast<std::size_t>(end - begin));
-                 for (std::int64_t row = first; row < last; ++row) {
-                   std::fill(sum.begin(), sum.end(), 0.0f);
-                   for (std::int64_t s = 0; s < slices.per_group(); ++s) {
-                     const std::int64_t slice = row / states * slices.per_group() + s;
-                     const float* part =
-                         parts.data() + (slice * states + row % states) * part_steps;
-                     for (std::int64_t t = 0; t < end - begin; ++t) {
-                       sum[static_cast<std::size_t>(t)] += part[t];
-                     }
-                   }
-                   float* const at = to.as<float>() +
-                                     row / parts_of_number * parts_of_number * length +
-                                     row % parts_of_number + begin * time;
-                   for (std::int64_t t = 0; t < end - begin; ++t) {
-                     at[t * time] = sum[static_cast<std::size_t>(t)];
-                   }
-                 }
-               });
+  parallel_for(
+      to.size[0] * to.size[1] * states, grain(slices.per_group() * (end - begin)),
+      [&](std::int64_t first, std::int64_t last) {
+        std::vector<float> sum(static_cast<std::size_t>(end - begin));
+        for (std::int64_t row = first; row < last; ++row) {
+          std::fill(sum.begin(), sum.end(), 0.0f);
+          for (std::int64_t s = 0; s < slices.per_group(); ++s) {
+            const std::int64_t slice = row / states * slices.per_group() + s;
+            const float* part = parts.data() + (slice * states + row % states) * part_steps;
+            for (std::int64_t t = 0; t < end - begin; ++t) {
+              sum[static_cast<std::size_t>(t)] += part[t];
+            }
+          }
+          float* const at = to.as<float>() + row / parts_of_number * parts_of_number * length +
+                            row % parts_of_number + begin * time;
+          for (std::int64_t t = 0; t < end - begin; ++t) {
+            at[t * time] = sum[static_cast<std::size_t>(t)];
+          }
+        }
+      });
 }
 
 }  // namespace

@@ -273,8 +273,8 @@ template <class Arch>
 void load_states(const Inputs& in, const TensorView& view, std::int64_t row, std::int64_t first,
                  int channels, std::int64_t states, float* to) {
   if (view.dim >= 0 && row >= 0) {
-    gather<Arch>(at<Arch, const float>(view, {row, first, 0}), view.stride[1],
-                 rows_of(in, view, 2), channels, states, to);
+    gather<Arch>(at<Arch, const float>(view, {row, first, 0}), view.stride[1], rows_of(in, view, 2),
+                 channels, states, to);
   } else {
     gather<Arch>(nullptr, 0, StateRows(), 0, states, to);
   }
@@ -478,9 +478,9 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
   const bool gated = in.z.dim >= 0;
   const bool is_complex = in.A.dim == 3;
   const int one = is_complex ? 2 : 1;  // rows of a state
-  const ForwardStates run =
-      is_complex ? forward_complex_for<Arch, kForwardStates>(varying_B, varying_C)
-                 : forward_states_for<Arch, kForwardStates>(varying_B, varying_C);
+  const ForwardStates run = is_complex
+                                ? forward_complex_for<Arch, kForwardStates>(varying_B, varying_C)
+                                : forward_states_for<Arch, kForwardStates>(varying_B, varying_C);
   const ForwardStates run_one = is_complex ? forward_complex_for<Arch, 2>(varying_B, varying_C)
                                            : forward_states_for<Arch, 1>(varying_B, varying_C);
   const Sequences sequences(in, slice.batch);
@@ -554,8 +554,8 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
       for (std::int64_t begin = start, end; begin < start + steps; begin = end) {
         end = sequences.end_of(begin, start + steps);
         if (begin > 0 && sequences.begins(begin)) {
-          load_states<Arch>(in, in.initial_state, sequences.entering(begin), first, channels, states,
-                            h);
+          load_states<Arch>(in, in.initial_state, sequences.entering(begin), first, channels,
+                            states, h);
         }
         const int from = static_cast<int>(begin - start);
         const int count = static_cast<int>(end - begin);
@@ -568,8 +568,8 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
           n += several ? kForwardStates : one;
         }
         if (sequences.ends(end - 1)) {
-          store_states<Arch>(in, params.last_state, sequences.leaving(end - 1), first, channels, states,
-                             h);
+          store_states<Arch>(in, params.last_state, sequences.leaving(end - 1), first, channels,
+                             states, h);
         }
       }
 
@@ -1049,12 +1049,12 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
         begin = sequences.begin_of(end - 1, start);
         const bool begins = sequences.begins(begin);
         if (sequences.ends(end - 1)) {
-          load_states<Arch>(in, params.dlast_state, sequences.leaving(end - 1), first, channels, states,
-                            carry);
+          load_states<Arch>(in, params.dlast_state, sequences.leaving(end - 1), first, channels,
+                            states, carry);
         }
         if (begins) {
-          load_states<Arch>(in, in.initial_state, sequences.entering(begin), first, channels, states,
-                            h);
+          load_states<Arch>(in, in.initial_state, sequences.entering(begin), first, channels,
+                            states, h);
         } else {
           const TensorView& stored = params.checkpoints;
           gather<Arch>(static_cast<const float*>(stored.data) + slice.batch * stored.stride[0] +
