@@ -87,7 +87,7 @@ inline constexpr int kBackwardConfigCount =
 // Complex A has a kernel of its own per direction, for every dtype, with this many channels per
 // CTA.
 inline constexpr int kComplexWarps = 4;
-inline constexpr BackwardConfig kComplexBackward = {true, kComplexWarps, 2};
+inline constexpr BackwardConfig kComplexBackward = {Scope::packed, kComplexWarps, 2};
 
 // Shared memory of a backward CTA in bytes: two exchange buffers for dB and dC, one staging area
 // for dA, and the adjoint state of every (channel, state).

@@ -230,7 +230,8 @@ __device__ __forceinline__ unsigned begins_of(const DeviceSequences<SCOPE>& sequ
     return 0u;
   } else {
     static_assert(STEPS == kWarp, "a lane looks at one step");
-    return __ballot_sync(kAllLanes, sequences.begins_at(b, first + threadIdx.x % kWarp));
+    const std::int64_t t = first + threadIdx.x % kWarp;
+    return __ballot_sync(kAllLanes, sequences.present() && sequences.begins_at(b, t));
   }
 }
 

@@ -184,6 +184,13 @@ def test_signatures_are_upstreams(function):
     assert names[10:] == ["initial_states=None", "seq_idx=None", "cu_seqlens=None", "reverse=False"]
 
 
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C"])
+@pytest.mark.parametrize("value", [None, 1.0, [1.0]])
+def test_what_is_no_tensor_is_refused_by_name(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a tensor"):
+        selective_scan_fn(**problem(length=4) | {name: value})
+
+
 # ---- faults of upstream ----
 
 

@@ -197,8 +197,9 @@ def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, 
         context = torch.cat(
             [conv_state.gather(2, before.unsqueeze(1).expand(-1, dim, -1)), x], dim=-1
         )
-        slots = (start + torch.arange(tokens, device=x.device)) % state_len
-        conv_state.scatter_(2, slots.unsqueeze(1).expand(-1, dim, -1), x)
+        kept = torch.arange(max(0, tokens - state_len), tokens, device=x.device)  # one a slot
+        slots = (start + kept) % state_len
+        conv_state.scatter_(2, slots.unsqueeze(1).expand(-1, dim, -1), x[..., kept])
     out = F.conv1d(context.to(weight.dtype), weight.unsqueeze(1), bias, groups=dim)
     out = (F.silu(out) if silu else out).to(x.dtype)
     return out.squeeze(-1) if one_token else out

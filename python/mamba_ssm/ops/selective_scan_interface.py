@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mamba_ssm._lazy import attach
 from mamba_ssm.native import selective_scan as native
 from mamba_ssm.native import vmap
+from mamba_ssm.native.arguments import check_tensor
 
 
 class SelectiveScanFn(torch.autograd.Function):
@@ -47,6 +48,34 @@ class SelectiveScanFn(torch.autograd.Function):
 def _unit_stride(tensor):
     """The kernels take any stride and are fast when time is contiguous."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _check(u, delta, A, B, C, D, z, delta_bias, initial_states):
+    """What Python reads before the operation checks the rest."""
+    op = "selective_scan_fn"
+    steps, states = "batch, dim, length", "batch, dim, d_state"
+    for name, tensor, axes in (("u", u, steps), ("delta", delta, steps), ("A", A, "dim, d_state")):
+        check_tensor(op, name, tensor, axes)
+    for name, tensor, axes in (
+        ("D", D, "dim"),
+        ("z", z, steps),
+        ("delta_bias", delta_bias, "dim"),
+        ("initial_states", initial_states, states),
+    ):
+        if tensor is not None:
+            check_tensor(op, name, tensor, axes)
+    for name, tensor in (("u", u), ("D", D), ("delta_bias", delta_bias)):
+        if tensor is not None and tensor.is_complex():
+            raise RuntimeError(f"{op}: {name} must be real, got {tensor.dtype}")
+    steps = u.shape[2] * (2 if A.is_complex() else 1)
+    for name, tensor in (("B", B), ("C", C)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() not in (2, 3, 4) or (tensor.dim() > 2 and tensor.shape[-1] != steps):
+            raise RuntimeError(
+                f"{op}: {name} must have shape (dim, d_state), (batch, d_state, {steps}) or "
+                f"(batch, groups, d_state, {steps}), got {tuple(tensor.shape)}"
+            )
 
 
 def _projection(tensor, dtype):
@@ -111,6 +140,7 @@ def selective_scan_fn(
     the copies. initial_states enters at the last step, last_state is h[0].
     Returns out, or (out, last_state) with last_state (B or S, D, N) in float32, or complex64. Everything is differentiable.
     """
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_states)
     is_complex = A.is_complex()
     real_dtype, state_dtype = native.state_dtypes(u.dtype, A)
 
