@@ -19,7 +19,8 @@ class Case:
     dim: int  # channels; of a norm, features
     length: int = 1  # time steps; of a norm, rows
     states: int = 0  # of the scan and the state update
-    layout: str = ""  # of the convolution: bdl (time contiguous) or bld (channels contiguous)
+    # Of the convolution: bdl (time contiguous) or bld (channels contiguous); of a scan: complex A.
+    layout: str = ""
 
     @property
     def name(self):
@@ -71,6 +72,10 @@ def _work_per_element(case):
         # u, delta, z, dout and the states in; du, ddelta, dz out. softplus and silu are 4 exps
         # forward and 8 backward.
         states = 4 * N / CHECKPOINT_INTERVAL
+        if case.layout == "complex":  # two floats a state; exp, sine and cosine
+            if backward:
+                return 7 * s + 2 * states, 3 * N + 8, 32 * N, 35 * N + 80
+            return 4 * s + 2 * states, 3 * N + 4, 12 * N, 15 * N + 40
         if backward:
             return 7 * s + states, N + 8, 14 * N, 15 * N + 80
         return 4 * s + states, N + 4, 4 * N, 5.5 * N + 40
@@ -101,7 +106,7 @@ def floor(case, machine):
 
 
 def gpu_cases(dtypes):
-    """The shapes of UPSTREAM, in its order."""
+    """The shapes of UPSTREAM, in its order, and a scan with complex A."""
     scans = (
         (1, 1536, 2048, 16),
         (8, 1536, 2048, 16),
@@ -117,6 +122,7 @@ def gpu_cases(dtypes):
     cases = []
     for dtype in dtypes:
         cases += [Case("selective_scan", d, dtype, *sizes) for sizes in scans for d in both]
+        cases += [Case("selective_scan", d, dtype, *scans[1], layout="complex") for d in both]
         for sizes in convolutions:
             for layout in ("bdl", "bld"):
                 cases += [Case("causal_conv1d", d, dtype, *sizes, layout=layout) for d in both]
@@ -133,6 +139,7 @@ def cpu_cases(dtypes):
     for dtype in dtypes:
         for length in (512, 2048):
             cases += [Case("selective_scan", d, dtype, 1, 1536, length, 16) for d in both]
+        cases += [Case("selective_scan", d, dtype, 1, 1536, 512, 16, "complex") for d in both]
         for layout in ("bdl", "bld"):
             cases += [Case("causal_conv1d", d, dtype, 1, 1536, 2048, layout=layout) for d in both]
         cases.append(Case("causal_conv1d_update", "fwd", dtype, 1, 1536))

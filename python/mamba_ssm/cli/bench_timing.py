@@ -8,6 +8,7 @@ import torch
 
 from mamba_ssm.cli.bench_cases import CONV_WIDTH, Machine
 from mamba_ssm.native import ops
+from mamba_ssm.native.selective_scan import as_parts
 from mamba_ssm.ops import causal_conv1d as conv
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import rms_norm_ref
@@ -41,12 +42,16 @@ class _Random:
     def scan(self):
         c = self.case
         B, D, L, N = c.batch, c.dim, c.length, c.states
+        A = -torch.arange(1, N + 1, dtype=torch.float32, device=self.device).repeat(D, 1)
+        pairs = 1
+        if c.layout == "complex":
+            A, pairs = torch.complex(A, -A), 2
         return {
             "u": self.normal(B, D, L),
             "delta": self.step_size(B, D, L),
-            "A": -torch.arange(1, N + 1, dtype=torch.float32, device=self.device).repeat(D, 1),
-            "B": self.normal(B, 1, N, L),
-            "C": self.normal(B, 1, N, L),
+            "A": A,
+            "B": self.normal(B, 1, N, pairs * L),
+            "C": self.normal(B, 1, N, pairs * L),
             "D": self.normal(D, dtype=torch.float32),
             "z": self.normal(B, D, L),
             "delta_bias": self.normal(D, dtype=torch.float32) * 0.1,
@@ -70,7 +75,8 @@ def native_call(case, device):
     """A function without arguments that runs the operation on inputs of its own."""
     random = _Random(case, device)
     if case.op == "selective_scan":
-        inputs = (*random.scan().values(), None)
+        u, delta, A, B, C, *rest = random.scan().values()
+        inputs = (u, delta, *as_parts(A, B, C)[:3], *rest, None)
         if case.direction == "fwd":
             return lambda: ops.selective_scan_forward(*inputs, True)
         checkpoints = ops.selective_scan_forward(*inputs, True)[2]
