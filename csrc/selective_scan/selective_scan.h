@@ -80,7 +80,8 @@ struct ForwardParams {
                            // enters each block of kCheckpointInterval steps,
                            // in the order of the scan
   void* stream = nullptr;  // cudaStream_t; unused on the CPU
-  int config = -1;         // row of the kernel table to force (tests, tuning); -1 chooses
+  int config = -1;         // row of the kernel table to force (tests, tuning); -1 chooses;
+                           // unused with complex A
 };
 
 struct BackwardParams {

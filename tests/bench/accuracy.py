@@ -40,19 +40,27 @@ def one(function, **fixed):
     return lambda **tensors: (function(**tensors, **fixed),)
 
 
-def scan(draw):
+def scan(draw, length=LENGTH):
     tensors = {
-        "u": draw(BATCH, CHANNELS, LENGTH),
-        "delta": draw(BATCH, CHANNELS, LENGTH) - 1,
+        "u": draw(BATCH, CHANNELS, length),
+        "delta": draw(BATCH, CHANNELS, length) - 1,
         "A": -torch.rand(CHANNELS, STATES) * 8 - 0.5,
-        "B": draw(BATCH, STATES, LENGTH),
-        "C": draw(BATCH, STATES, LENGTH),
+        "B": draw(BATCH, STATES, length),
+        "C": draw(BATCH, STATES, length),
         "D": torch.randn(CHANNELS),
-        "z": draw(BATCH, CHANNELS, LENGTH),
+        "z": draw(BATCH, CHANNELS, length),
         "delta_bias": torch.randn(CHANNELS),
     }
     fixed = {"delta_softplus": True}
     return tensors, one(selective_scan_fn, **fixed), one(selective_scan_ref, **fixed), True
+
+
+def complex_scan(draw):
+    length = LENGTH // 4  # the formula's graph grows with the square
+    tensors, *rest = scan(draw, length)
+    tensors |= {name: draw(BATCH, STATES, 2 * length) for name in ("B", "C")}
+    tensors["A"] = torch.complex(tensors["A"], 3 * torch.randn(CHANNELS, STATES))
+    return tensors, *rest
 
 
 def convolution(draw):
@@ -93,6 +101,7 @@ def state_update(draw):
 
 OPERATIONS = {
     "selective scan": scan,
+    "selective scan, complex A": complex_scan,
     "causal convolution": convolution,
     "LayerNorm": norm,
     "state update": state_update,
@@ -101,7 +110,10 @@ OPERATIONS = {
 
 def error(results, truth):
     return max(
-        ((results[name].cpu().double() - truth[name]).abs().max() / truth[name].abs().max()).item()
+        (
+            (results[name].cpu().to(truth[name].dtype) - truth[name]).abs().max()
+            / truth[name].abs().max()
+        ).item()
         for name in truth
     )
 
