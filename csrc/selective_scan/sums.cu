@@ -65,7 +65,6 @@ struct Matrix {
   float* data = nullptr;
   std::int64_t rows = 0, columns = 0, row = 0, column = 0;
 };
-constexpr int kCleared = 5;
 struct Matrices {
   Matrix all[kCleared];
 };
@@ -95,15 +94,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void clear(std::initializer_list<TensorView> sums, void* stream) {
+void clear(const TensorView (&sums)[kCleared], void* stream) {
   constexpr std::int64_t kMostBlocks = 1024;
   Matrices matrices;
   std::int64_t most = 0;
-  int used = 0;
-  for (const TensorView& sum : sums) {
-    const Matrix each = matrix(sum);
-    most = std::max(most, each.rows * each.columns);
-    matrices.all[used++] = each;
+  for (int i = 0; i < kCleared; ++i) {
+    matrices.all[i] = matrix(sums[i]);
+    const std::int64_t elements = matrices.all[i].rows * matrices.all[i].columns;
+    most = elements > most ? elements : most;
   }
   const std::int64_t blocks = std::min(ceil_div(most, kThreads), kMostBlocks);
   clear_kernel<<<dim3(static_cast<unsigned>(blocks), kCleared), kThreads, 0,

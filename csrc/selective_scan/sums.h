@@ -2,15 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 
 #include "core/tensor.h"
 
 namespace mamba_native::selective_scan::cuda {
 
-// Enqueues sum[...] = 0 for five sums at most, in one launch: those that atomics will add to. Each
-// is float32 of one or two dimensions, or contiguous of any, or absent.
-void clear(std::initializer_list<TensorView> sums, void* stream);
+// Enqueues sum[...] = 0 in one launch, for sums that atomics will add to. Each is float32 of one or
+// two dimensions, or contiguous of any, or absent.
+inline constexpr int kCleared = 5;
+void clear(const TensorView (&sums)[kCleared], void* stream);
 
 // Enqueues to[...] = sum_b parts[b, ...]. `to`: (D, N) or (D) float32, any strides; nothing happens
 // when it is absent. parts: (batch, D, N) or (batch, D), contiguous. For complex numbers, (D, N,
