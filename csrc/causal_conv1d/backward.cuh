@@ -1,8 +1,8 @@
 // Backward convolution on CUDA.
 //
 //   dp[t]      = dout[t] act'(p[t]), p recomputed; 0 where seq_idx[t] < 0
-//   dx[t]      = sum_w weight[w] dp[t + (W-1-w)]  (+ dfinal_states), likewise for the columns
-//   before x dweight[w] = sum_{b,t} dp[t] x[t - (W-1-w)],  dbias = sum_{b,t} dp[t]
+//   dx[t]      = sum_w weight[w] dp[t + (W-1-w)]  (+ dfinal_states), for the columns before x too
+//   dweight[w] = sum_{b,t} dp[t] x[t - (W-1-w)],  dbias = sum_{b,t} dp[t]
 //
 // along_time      channel-first. A thread has ITEMS steps of a channel and recomputes dp of the W-1
 //                 steps behind them, so that nothing is exchanged. It walks `steps` vectors,
@@ -13,10 +13,11 @@
 //                 beyond its own. blockDim = (lanes along channels, segments of time)
 //
 // Sums over time and batch stay in registers, are added up within the warp (along_time) or within
-// the thread block through shared memory (along_channels), and leave as one float atomic per
-// weight and block.
+// the thread block through shared memory (along_channels), and leave as one number per weight and
+// block: added to the sum atomically, or stored in the block's row of the workspace.
 //
 //   grid.x = (block of channels, block along time), grid.y = batch; both kernels take any strides.
+//   WIDTH = kMaxWidth stands for any width up to that, with the oldest taps missing.
 #pragma once
 
 #include <type_traits>
@@ -24,6 +25,7 @@
 
 #include "causal_conv1d/tensors.cuh"
 #include "core/cuda/launch.h"
+#include "core/cuda/ordered_sums.h"
 
 namespace mamba_native::causal_conv1d::cuda {
 
@@ -32,14 +34,34 @@ struct DeviceBackward {
   DeviceInputs<T> in;
   Sequence<const T> dout, dfinal_states;
   Sequence<T> dx, dinitial_states;
-  float* dweight;  // (D, W), zeroed
-  float* dbias;    // (D), zeroed, or null
+  float* dweight;          // (D, W), zeroed, or of the workspace's first row
+  float* dbias;            // (D), likewise, or null
+  std::int64_t workspace;  // distance of the workspace's rows; 0: there is none
   unsigned segments;
   std::int64_t steps;
+
+  // The thread block's shares of the sums start here.
+  __device__ __forceinline__ float* shares_of(float* sums) const {
+    return sums + (blockIdx.x % segments * std::int64_t{gridDim.y} + blockIdx.y) * workspace;
+  }
+  __device__ __forceinline__ void add(float* to, float share) const {
+    if (workspace == 0) {
+      atomicAdd(to, share);
+    } else {
+      *to = share;
+    }
+  }
 };
 
+// Per multiprocessor: what their work needs in registers, which the compiler exceeds unasked.
+template <int WIDTH, int ITEMS>
+inline constexpr int kBackwardBlocks = ITEMS == 8   ? 7
+                                       : WIDTH == 2 ? 6
+                                                    : 5;
+
 template <class T, int WIDTH, int ITEMS>
-__global__ void __launch_bounds__(kMaxThreads) backward_along_time(const DeviceBackward<T> p) {
+__global__ void __launch_bounds__(kMaxThreads, kBackwardBlocks<WIDTH, ITEMS>)
+    backward_along_time(const DeviceBackward<T> p) {
   constexpr int kHalo = WIDTH - 1;
   constexpr int kSeen = ITEMS + kHalo;  // steps whose dp reaches the thread's dx
   const std::int64_t length = p.in.length;
@@ -138,16 +160,30 @@ __global__ void __launch_bounds__(kMaxThreads) backward_along_time(const DeviceB
         }
       }
       if (p.dfinal_states.data != nullptr && t + ITEMS > length - kHalo) {
+        const std::int64_t first_final = length - kHalo;
+        unsigned counted = 0;  // a bit for every step that is a final state
+#pragma unroll 1
+        for (int j = 0; j < kHalo; ++j) {
+          const int at = static_cast<int>(first_final + j - t);
+          if (at >= 0 && p.in.is_of_last_sequence(b, first_final + j)) {
+            counted |= 1u << at;
+          }
+        }
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-          const std::int64_t column = t + i - (length - kHalo);
-          if (column >= 0 && column < kHalo) {
-            dx[i] += mamba_native::cuda::as_float(*p.dfinal_states.at(b, d, column));
+          if ((counted >> i & 1) != 0) {
+            dx[i] += mamba_native::cuda::as_float(*p.dfinal_states.at(b, d, t + i - first_final));
           }
         }
       }
       store<ITEMS>(p.dx.at(b, d, t), p.dx.step, valid, p.dx.vectorize, dx);
       if (p.dinitial_states.data != nullptr && t == 0) {
+        if (p.in.seq_idx != nullptr) {  // only outputs of the first sequence saw the states
+#pragma unroll
+          for (int i = 1; i < kHalo; ++i) {
+            dp[i] = p.in.seq(b, i) == p.in.seq(b, 0) ? dp[i] : 0.0f;
+          }
+        }
 #pragma unroll
         for (int j = 0; j < kHalo; ++j) {
           float sum = 0.0f;
@@ -155,7 +191,8 @@ __global__ void __launch_bounds__(kMaxThreads) backward_along_time(const DeviceB
           for (int w = 0; w <= j; ++w) {
             sum = fmaf(taps.weight[w][0], dp[j - w], sum);
           }
-          if (p.dfinal_states.data != nullptr && j >= length) {
+          if (p.dfinal_states.data != nullptr && j >= length &&
+              p.in.is_of_last_sequence(b, j - kHalo)) {
             sum += mamba_native::cuda::as_float(*p.dfinal_states.at(b, d, j - length));
           }
           *p.dinitial_states.at(b, d, j) = mamba_native::cuda::from_float<T>(sum);
@@ -172,12 +209,13 @@ __global__ void __launch_bounds__(kMaxThreads) backward_along_time(const DeviceB
     }
   }
   if (live && threadIdx.x == 0) {
+    float* const shares = p.shares_of(p.dweight) + d * WIDTH;
 #pragma unroll
     for (int w = 0; w < WIDTH; ++w) {
-      atomicAdd(p.dweight + d * WIDTH + w, dweight[w]);
+      p.add(shares + w, dweight[w]);
     }
     if (p.dbias != nullptr) {
-      atomicAdd(p.dbias + d, dbias);
+      p.add(p.shares_of(p.dbias) + d, dbias);
     }
   }
 }
@@ -203,6 +241,7 @@ __device__ __forceinline__ void backward_rows(const DeviceBackward<T>& p,
                                               std::int64_t first,
                                               BackwardState<CHANNELS, WIDTH>& state) {
   constexpr int kHalo = WIDTH - 1;
+  const int first_tap = p.in.template first_tap<WIDTH>();
   Vector<T, CHANNELS> x_rows[ROWS];
   Vector<T, CHANNELS> dout_rows[ROWS];
 #pragma unroll
@@ -216,7 +255,7 @@ __device__ __forceinline__ void backward_rows(const DeviceBackward<T>& p,
     bool sees[WIDTH];
 #pragma unroll
     for (int w = 0; w < kHalo; ++w) {
-      sees[w] = seq >= 0 && state.seq[w] == seq;
+      sees[w] = w >= first_tap && seq >= 0 && state.seq[w] == seq;
     }
     sees[kHalo] = seq >= 0;  // padding sees nothing, not even itself
     float dp[CHANNELS];
@@ -294,19 +333,23 @@ __device__ __forceinline__ void backward_rows(const DeviceBackward<T>& p,
     if (column < first && first > 0) {
       continue;  // the previous thread's
     }
-    const std::int64_t final_column = column - (p.in.length - kHalo);
-    if (p.dfinal_states.data != nullptr && final_column >= 0) {
-      const Vector<T, CHANNELS> extra = load_elements<CHANNELS>(
-          p.dfinal_states.at(b, d, final_column), p.dfinal_states.channel, valid);
+    const int states = kHalo - first_tap;
+    if constexpr (ROWS == 1) {  // final states are columns that steps beyond the sequence complete
+      const std::int64_t final_column = column - (p.in.length - states);
+      if (p.dfinal_states.data != nullptr && final_column >= 0 &&
+          p.in.is_of_last_sequence(b, column)) {
+        const Vector<T, CHANNELS> extra = load_elements<CHANNELS>(
+            p.dfinal_states.at(b, d, final_column), p.dfinal_states.channel, valid);
 #pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        dx[c] += extra[c];
+        for (int c = 0; c < CHANNELS; ++c) {
+          dx[c] += extra[c];
+        }
       }
     }
     if (column >= 0) {
       store<CHANNELS>(p.dx.at(b, d, column), p.dx.channel, valid, vectors, dx);
-    } else if (p.dinitial_states.data != nullptr) {
-      store<CHANNELS>(p.dinitial_states.at(b, d, column + kHalo), p.dinitial_states.channel, valid,
+    } else if (p.dinitial_states.data != nullptr && column + states >= 0) {
+      store<CHANNELS>(p.dinitial_states.at(b, d, column + states), p.dinitial_states.channel, valid,
                       false, dx);
     }
   }
@@ -315,7 +358,7 @@ __device__ __forceinline__ void backward_rows(const DeviceBackward<T>& p,
 template <class T, int WIDTH, int CHANNELS>
 __global__ void __launch_bounds__(kMaxThreads) backward_along_channels(const DeviceBackward<T> p) {
   constexpr int kHalo = WIDTH - 1;
-  constexpr int kRows = 4;
+  constexpr int kRows = WIDTH == kMaxWidth ? 2 : 4;
   constexpr int kSums = CHANNELS * (WIDTH + 1);
   __shared__ float shared_sums[kSums][kMaxThreads + 1];  // the odd pitch spreads over the banks
   const std::int64_t length = p.in.length;
@@ -375,14 +418,17 @@ __global__ void __launch_bounds__(kMaxThreads) backward_along_channels(const Dev
   // Neighbouring threads add neighbouring addresses of dweight.
   const int lanes = static_cast<int>(blockDim.x);
   const int threads = lanes * static_cast<int>(blockDim.y);
+  const int first_tap = p.in.template first_tap<WIDTH>();
+  float* const dweight = p.shares_of(p.dweight) + block_channel * (WIDTH - first_tap);
   for (int i = thread; i < lanes * CHANNELS * WIDTH; i += threads) {
     const int lane = i / (CHANNELS * WIDTH);
+    const int tap = i % WIDTH - first_tap;
     float sum = 0.0f;
     for (int from = lane; from < threads; from += lanes) {
       sum += shared_sums[i % (CHANNELS * WIDTH)][from];
     }
-    if (block_channel + i / WIDTH < p.in.channels) {
-      atomicAdd(p.dweight + block_channel * WIDTH + i, sum);
+    if (tap >= 0 && block_channel + i / WIDTH < p.in.channels) {
+      p.add(dweight + i / WIDTH * (WIDTH - first_tap) + tap, sum);
     }
   }
   for (int i = thread; p.dbias != nullptr && i < lanes * CHANNELS; i += threads) {
@@ -391,7 +437,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_along_channels(const Dev
       sum += shared_sums[CHANNELS * WIDTH + i % CHANNELS][from];
     }
     if (block_channel + i < p.in.channels) {
-      atomicAdd(p.dbias + block_channel + i, sum);
+      p.add(p.shares_of(p.dbias) + block_channel + i, sum);
     }
   }
 }
@@ -400,10 +446,11 @@ template <class T, int ROW, int WIDTH>
 void launch_backward(const DeviceBackward<T>& p, dim3 grid, dim3 block, cudaStream_t stream) {
   constexpr Config kConfig = kBackwardConfigs[ROW];
   constexpr int kItems = kConfig.items(sizeof(T));
+  constexpr int kWidth = kernel_width(kConfig, WIDTH);
   if constexpr (kConfig.axis == Axis::time) {
-    backward_along_time<T, WIDTH, kItems><<<grid, block, 0, stream>>>(p);
+    backward_along_time<T, kWidth, kItems><<<grid, block, 0, stream>>>(p);
   } else {
-    backward_along_channels<T, WIDTH, kItems><<<grid, block, 0, stream>>>(p);
+    backward_along_channels<T, kWidth, kItems><<<grid, block, 0, stream>>>(p);
   }
   MAMBA_CUDA_CHECK_LAUNCH();
 }
@@ -416,7 +463,7 @@ BackwardLauncher<T> backward_launcher(int row, std::int64_t width,
                                       std::integer_sequence<int, ROWS...>) {
   static constexpr BackwardLauncher<T> kTable[][3] = {
       {launch_backward<T, ROWS, 2>, launch_backward<T, ROWS, 3>, launch_backward<T, ROWS, 4>}...};
-  return kTable[row][width - 2];
+  return kTable[row][kBackwardConfigs[row].any_width ? 0 : width - 2];
 }
 
 template <class Host>
@@ -432,13 +479,22 @@ void backward(const BackwardParams& params, const Plan& plan) {
   p.dinitial_states = sequence<T>(params.dinitial_states, config);
   p.dweight = params.dweight.as<float>();
   p.dbias = params.dbias.present() ? params.dbias.as<float>() : nullptr;
+  p.workspace = 0;
   p.segments = static_cast<unsigned>(plan.segments);
   p.steps = plan.steps;
-  MAMBA_CUDA_CHECK(cudaMemsetAsync(
-      p.dweight, 0, static_cast<std::size_t>(params.dweight.numel()) * sizeof(float), stream));
-  if (p.dbias != nullptr) {
-    MAMBA_CUDA_CHECK(cudaMemsetAsync(
-        p.dbias, 0, static_cast<std::size_t>(params.dbias.numel()) * sizeof(float), stream));
+  const std::int64_t weights = params.dweight.numel();
+  const bool ordered = params.workspace.present() && p.in.batch > 0;
+  if (ordered) {
+    p.dweight = params.workspace.as<float>();
+    p.dbias = p.dbias != nullptr ? p.dweight + weights : nullptr;
+    p.workspace = weights + p.in.channels;
+  } else {
+    MAMBA_CUDA_CHECK(
+        cudaMemsetAsync(p.dweight, 0, static_cast<std::size_t>(weights) * sizeof(float), stream));
+    if (p.dbias != nullptr) {
+      MAMBA_CUDA_CHECK(cudaMemsetAsync(
+          p.dbias, 0, static_cast<std::size_t>(p.in.channels) * sizeof(float), stream));
+    }
   }
   if (p.in.batch == 0) {
     return;
@@ -448,6 +504,12 @@ void backward(const BackwardParams& params, const Plan& plan) {
   backward_launcher<T>(plan.config, params.in.weight.size[1],
                        std::make_integer_sequence<int, kBackwardConfigCount>())(p, grid, block,
                                                                                 stream);
+  if (ordered) {
+    mamba_native::cuda::OrderedSums sums;
+    sums.of[0] = {p.dweight, params.dweight.as<float>(), weights};
+    sums.of[1] = {p.dbias, params.dbias.as<float>(), p.in.channels};
+    mamba_native::cuda::add_in_order(sums, plan.segments * plan.batches, p.workspace, stream);
+  }
 }
 
 }  // namespace mamba_native::causal_conv1d::cuda

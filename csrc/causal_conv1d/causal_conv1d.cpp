@@ -45,9 +45,9 @@ void check_x(const char* op, const TensorView& x) {
 // weight (D, W) and bias (D).
 void check_weights(const char* op, const TensorView& x, const TensorView& weight,
                    const TensorView& bias) {
-  MAMBA_CHECK(weight.dim == 2 && weight.size[1] >= 2 && weight.size[1] <= 4, op,
-              ": weight must have shape (dim, width) with a width between 2 and 4, got ",
-              describe(weight));
+  MAMBA_CHECK(weight.dim == 2 && weight.size[1] >= kMinWidth && weight.size[1] <= kMaxWidth, op,
+              ": weight must have shape (dim, width) with a width between ", kMinWidth, " and ",
+              kMaxWidth, ", got ", describe(weight));
   check_shape(op, "weight", weight, {x.size[1], weight.size[1]});
   check_float(op, "weight", weight);
   check_device(op, "weight", weight, x.device);
@@ -66,8 +66,6 @@ void check_inputs(const char* op, const Inputs& in) {
   check_weights(op, in.x, in.weight, in.bias);
   if (in.seq_idx.present()) {
     check_index(op, "seq_idx", in.seq_idx, in.x, {in.x.size[0], in.x.size[2]});
-    MAMBA_CHECK(!in.initial_states.present(), op,
-                ": seq_idx and initial_states exclude each other; pass one of them");
   }
   if (in.initial_states.present()) {
     check_like(op, "initial_states", in.initial_states, in.x,
@@ -119,6 +117,13 @@ void validate(const BackwardParams& p) {
     check_like(kBackward, "dinitial_states", p.dinitial_states, x,
                {x.size[0], x.size[1], width - 1});
     check_written(kBackward, "dinitial_states", p.dinitial_states);
+  }
+  if (p.workspace.present()) {
+    check_shape(kBackward, "workspace", p.workspace, {workspace_rows(p.in), x.size[1], width + 1});
+    check_dtype(kBackward, "workspace", p.workspace, DType::f32);
+    check_device(kBackward, "workspace", p.workspace, x.device);
+    MAMBA_CHECK(p.workspace.is_contiguous(), kBackward, ": workspace must be contiguous, got ",
+                describe(p.workspace));
   }
 }
 
@@ -201,6 +206,17 @@ void validate(const VarlenStatesParams& p) {
 
 }  // namespace
 
+std::int64_t workspace_rows([[maybe_unused]] const Inputs& in) {
+#if MAMBA_WITH_CUDA
+  if (in.x.device.is_cuda()) {
+    const cuda::Plan plan = cuda::choose_backward(
+        in, mamba_native::cuda::device_info(in.x.device.index), /*ordered=*/true);
+    return plan.segments * plan.batches;
+  }
+#endif
+  return 0;
+}
+
 void forward(const ForwardParams& params) {
   validate(params);
   const TensorView& x = params.in.x;
@@ -234,8 +250,8 @@ void backward(const BackwardParams& params) {
     cpu::backward(params);
   } else {
 #if MAMBA_WITH_CUDA
-    const cuda::Plan plan =
-        cuda::choose_backward(params.in, mamba_native::cuda::device_info(x.device.index));
+    const cuda::Plan plan = cuda::choose_backward(
+        params.in, mamba_native::cuda::device_info(x.device.index), params.workspace.present());
     for_dtype(x.dtype, [&](auto tag) { cuda::backward<decltype(tag)>(params, plan); });
 #else
     fail_without_cuda(kBackward, x);
@@ -271,7 +287,7 @@ void varlen_states(const VarlenStatesParams& params) {
     reference::varlen_states(params);
   } else {
 #if MAMBA_WITH_CUDA
-    for_dtype(params.x.dtype, [&](auto tag) { cuda::varlen_states<decltype(tag)>(params); });
+    cuda::varlen_states(params);
 #else
     fail_without_cuda(kVarlenStates, params.x);
 #endif

@@ -5,9 +5,13 @@
 //   p[b,d,l]   = bias[d] + sum_{w=0}^{W-1} weight[d,w] x[b,d,l-(W-1-w)]
 //   out[b,d,l] = silu(p) or p
 // With seq_idx a tap counts only if seq_idx at the tap equals seq_idx at the output; outputs where
-// seq_idx is negative are exactly 0, and their gradient reaches nothing.
+// seq_idx is negative are exactly 0, and their gradient reaches nothing. Columns of initial_states
+// belong to the sequence of position 0. final_states are then what the next step of the last
+// position's sequence would see: columns of other sequences are 0, and so are all of them where the
+// last position is padding.
 //
-// Sizes: B batch, D channels, L length, W width (2 to 4). B = 0, D = 0 and L = 0 are valid.
+// Sizes: B batch, D channels, L length, W width (2 to 8; 2 to 4 are fast). B = 0, D = 0 and L = 0
+// are valid; L = 0 passes initial_states on, and their gradient back.
 // Dtypes: x and weight each float32, float16 or bfloat16 in any pair (float64 on the CPU, both
 // then); bias has weight's dtype. Arithmetic is float32, rounded once to x's dtype. Strides: any
 // for every tensor, any alignment; x with unit stride along L (channel-first) or along D
@@ -15,7 +19,7 @@
 // touched. CUDA work is enqueued on `stream`, whose device must be the current one; nothing
 // synchronises or allocates. Outputs overlap neither inputs nor each other.
 // Source: causal-conv1d 1.6's functions of the same names; its limits on layouts, alignment, D mod
-// 8 and options are not kept, and padding takes part in no gradient.
+// 8, width and options are not kept, and padding takes part in no gradient.
 #pragma once
 
 #include <cstdint>
@@ -24,11 +28,14 @@
 
 namespace mamba_native::causal_conv1d {
 
+inline constexpr int kMinWidth = 2;
+inline constexpr int kMaxWidth = 8;
+
 struct Inputs {
   TensorView x;               // (B, D, L)
   TensorView weight;          // (D, W)
   TensorView bias;            // (D), optional
-  TensorView seq_idx;         // (B, L) int32, optional, not together with initial_states
+  TensorView seq_idx;         // (B, L) int32, optional
   TensorView initial_states;  // (B, D, W-1), x's dtype, optional: the W-1 inputs before x
   bool silu = false;
 };
@@ -37,7 +44,7 @@ struct ForwardParams {
   Inputs in;
   TensorView out;           // (B, D, L), x's dtype
   TensorView final_states;  // (B, D, W-1), x's dtype, optional: the last W-1 columns of
-                            // [initial_states, x]
+                            // [initial_states, x], masked by seq_idx
   void* stream = nullptr;   // cudaStream_t
 };
 
@@ -49,8 +56,14 @@ struct BackwardParams {
   TensorView dweight;          // (D, W), float32 (float64 if x is), contiguous
   TensorView dbias;            // (D), float32 (float64 if x is), contiguous, present iff bias is
   TensorView dinitial_states;  // (B, D, W-1), x's dtype, present iff initial_states is
+  TensorView workspace;        // (workspace_rows(in), D, W+1) float32, contiguous, optional: asks
+                               // CUDA to add dweight and dbias up in a fixed order
   void* stream = nullptr;
 };
+
+// Rows of the workspace that makes backward give the same bits in every run: 0 on the CPU, where
+// it always does.
+std::int64_t workspace_rows(const Inputs& in);
 
 // One decode step of S >= 1 new tokens; conv_state is changed in place.
 //  linear buffer (no cache_seqlens): v = [conv_state row, x]; out_i = act(bias + sum_w weight_w
@@ -83,7 +96,8 @@ struct VarlenStatesParams {
   void* stream = nullptr;
 };
 
-// dweight and dbias are summed with float32 atomics on CUDA; everything is overwritten whole.
+// Without a workspace, dweight and dbias are summed with float32 atomics on CUDA. Everything is
+// overwritten whole.
 void forward(const ForwardParams& params);
 void backward(const BackwardParams& params);
 void update(const UpdateParams& params);

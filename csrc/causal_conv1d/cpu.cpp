@@ -21,19 +21,23 @@ std::int64_t grain(std::int64_t elements_per_task) {
   return std::max<std::int64_t>(1, kWorthAThread / std::max<std::int64_t>(1, elements_per_task));
 }
 
-const KernelsOfWidth& kernels_of(Isa isa, std::int64_t width) {
-  const std::int64_t i = width - 2;
+const Kernels& kernels_of(Isa isa) {
   switch (isa) {
     case Isa::sse2:
-      return kSse2Kernels.for_width[i];
+      return kSse2Kernels;
     case Isa::avx2:
-      return kAvx2Kernels.for_width[i];
+      return kAvx2Kernels;
     case Isa::avx512:
-      return kAvx512Kernels.for_width[i];
+      return kAvx512Kernels;
     case Isa::plain:
       break;
   }
   fail("causal_conv1d: no SIMD kernels for instruction set ", static_cast<int>(isa));
+}
+
+const KernelsOfWidth& kernels_of(Isa isa, std::int64_t width) {
+  const Kernels& kernels = kernels_of(isa);
+  return width <= 4 ? kernels.for_width[width - 2] : kernels.for_any_width;
 }
 
 // A line of channels of one column: the first element and the distance to the next.
@@ -72,7 +76,7 @@ Line zeros() {
   return {reinterpret_cast<char*>(&zero), 0};
 }
 
-// The last W-1 columns of [initial_states, x].
+// The last W-1 columns of [initial_states, x], those of other sequences than the last being 0.
 void write_final_states(const ForwardParams& params) {
   const TensorView& x = params.in.x;
   const TensorView& initial = params.in.initial_states;
@@ -80,9 +84,10 @@ void write_final_states(const ForwardParams& params) {
   for (std::int64_t b = 0; b < x.size[0]; ++b) {
     for (std::int64_t j = 0; j < halo; ++j) {
       const std::int64_t t = x.size[2] - halo + j;
-      const Line from = t >= 0              ? line(x, b, 0, t)
-                        : initial.present() ? line(initial, b, 0, t + halo)
-                                            : zeros();
+      const Line from = !is_of_last_sequence(params.in, b, t) ? zeros()
+                        : t >= 0                              ? line(x, b, 0, t)
+                        : initial.present()                   ? line(initial, b, 0, t + halo)
+                                                              : zeros();
       copy_line(line(params.final_states, b, 0, j), from, x.size[1], x.dtype);
     }
   }
@@ -122,7 +127,7 @@ void update_block(const KernelsOfWidth& kernels, const UpdateParams& params, std
       circular ? seqlens.as<const std::int32_t>()[b * seqlens.stride[0]] % state_len : state_len;
 
   // A copy, because a circular context wraps and the buffer changes below.
-  std::uint32_t context[3 * kForwardChannels];
+  std::uint32_t context[(kMaxWidth - 1) * kForwardChannels];
   ForwardParams conv;
   conv.in.initial_states = TensorView(context, state.dtype, {1, halo, channels});
   std::swap(conv.in.initial_states.size[1], conv.in.initial_states.size[2]);
@@ -156,6 +161,17 @@ void update_block(const KernelsOfWidth& kernels, const UpdateParams& params, std
 }
 
 }  // namespace
+
+bool is_of_last_sequence(const Inputs& in, std::int64_t b, std::int64_t column) {
+  const TensorView& seq_idx = in.seq_idx;
+  const std::int64_t length = in.x.size[2];
+  if (!seq_idx.present() || length == 0) {
+    return true;
+  }
+  const std::int32_t* row = seq_idx.as<const std::int32_t>() + b * seq_idx.stride[0];
+  const std::int32_t last = row[(length - 1) * seq_idx.stride[1]];
+  return last >= 0 && row[std::max<std::int64_t>(column, 0) * seq_idx.stride[1]] == last;
+}
 
 void forward(const ForwardParams& params, Isa isa) {
   if (isa == Isa::plain) {

@@ -22,6 +22,9 @@ inline constexpr int kTimeBlock = 512;
 inline constexpr int kForwardChannels = 256;
 inline constexpr int kBackwardChannels = 128;
 
+// Whether a column of [initial_states, x] counts in final_states: without seq_idx each does.
+bool is_of_last_sequence(const Inputs& in, std::int64_t b, std::int64_t column);
+
 // The kernels of one width and one instruction set.
 struct KernelsOfWidth {
   // out of the row (b, d), vectors along time.
@@ -38,6 +41,7 @@ struct KernelsOfWidth {
 
 struct Kernels {
   KernelsOfWidth for_width[3];  // widths 2, 3, 4
+  KernelsOfWidth for_any_width;
 };
 
 extern const Kernels kSse2Kernels;

@@ -8,6 +8,9 @@
 //                   earlier step, kept in a ring, its weight a vector. A masked tap reads a line of
 //                   zeros, so seq_idx costs nothing here
 //
+// Widths 2, 3 and 4 have kernels of their own; those of kMaxWidth serve every other width, whose
+// oldest taps are missing: their loops begin at first_tap.
+//
 // Only templates on Arch and nothing from the standard library that has code: no symbol compiled
 // for one instruction set may be shared with another.
 #pragma once
@@ -23,9 +26,14 @@ namespace kernel {
 using mamba_native::cpu::kLanes;
 using mamba_native::cpu::Vec;
 
-inline constexpr int kMaxWidth = 4;
 inline constexpr int kPad = 16;  // room for the taps before a line, a multiple of every vector
 inline constexpr int kTimeLine = kPad + kTimeBlock + kPad;
+
+// The first of the WIDTH taps that the weight has; what it has none of is neither read nor added.
+template <class Arch, int WIDTH>
+MAMBA_ALWAYS_INLINE int first_tap(const Inputs& in) {
+  return WIDTH < kMaxWidth ? 0 : WIDTH - static_cast<int>(in.weight.size[1]);
+}
 
 // ------------------------------------------------------------------------------------- lines
 
@@ -111,19 +119,18 @@ constexpr int round_up(int count) {
 // -------------------------------------------------------------------------------- along time
 
 // Columns first, first + 1, ... of [initial_states, x], whatever lies outside being 0.
-template <class Arch, int WIDTH>
+template <class Arch>
 void read_columns(const Inputs& in, std::int64_t b, std::int64_t d, std::int64_t first, int count,
                   float* to) {
-  constexpr int kHalo = WIDTH - 1;
   int done = 0;
   for (; done < count && first + done < 0; ++done) {
+    const std::int64_t state = first + done + in.weight.size[1] - 1;
     to[done] = 0.0f;
-    if (in.initial_states.present()) {
+    if (in.initial_states.present() && state >= 0) {
       const TensorView& states = in.initial_states;
-      read_line<Arch>(
-          states,
-          b * states.stride[0] + d * states.stride[1] + (first + done + kHalo) * states.stride[2],
-          1, 1, to + done);
+      read_line<Arch>(states,
+                      b * states.stride[0] + d * states.stride[1] + state * states.stride[2], 1, 1,
+                      to + done);
     }
   }
   const std::int64_t left = in.x.size[2] - (first + done);
@@ -133,8 +140,9 @@ void read_columns(const Inputs& in, std::int64_t b, std::int64_t d, std::int64_t
   fill<Arch>(to + done + inside, count - done - inside, 0.0f);
 }
 
-// seq_idx of a line's columns, as outputs and as taps. Padding and what lies outside are -1 as
-// outputs and -2 as taps, so that no output sees them and they see nothing.
+// seq_idx of a line's columns, as outputs and as taps; columns before x are of position 0's
+// sequence. Padding and what lies behind x are -1 as outputs and -2 as taps, so that no output sees
+// them and they see nothing.
 template <class Arch>
 struct SeqLine {
   std::int32_t output[kTimeLine];
@@ -144,9 +152,10 @@ struct SeqLine {
     for (int i = 0; i < count; ++i) {
       const std::int64_t t = first + i;
       const std::int32_t value =
-          t < 0 || t >= seq_idx.size[1]
+          t >= seq_idx.size[1]
               ? -1
-              : seq_idx.as<const std::int32_t>()[b * seq_idx.stride[0] + t * seq_idx.stride[1]];
+              : seq_idx.as<const std::int32_t>()[b * seq_idx.stride[0] +
+                                                 (t < 0 ? 0 : t) * seq_idx.stride[1]];
       output[at + i] = value < 0 ? -1 : value;
       tap[at + i] = value < 0 ? -2 : value;
     }
@@ -170,9 +179,10 @@ MAMBA_ALWAYS_INLINE Vec<Arch> where_seen(const SeqLine<Arch>& seq, int output, i
 // p at the vector of columns x[at], ...
 template <class Arch, int WIDTH, bool MASKED>
 MAMBA_ALWAYS_INLINE Vec<Arch> pre_activation(const float* x, const SeqLine<Arch>& seq, int at,
-                                             const Vec<Arch> (&weight)[WIDTH], Vec<Arch> bias) {
+                                             const Vec<Arch> (&weight)[WIDTH], Vec<Arch> bias,
+                                             int first) {
   Vec<Arch> p = bias;
-  for (int w = 0; w < WIDTH; ++w) {
+  for (int w = first; w < WIDTH; ++w) {
     const int shift = WIDTH - 1 - w;
     Vec<Arch> tap = Vec<Arch>::load_unaligned(x + at - shift);
     if constexpr (MASKED) {
@@ -187,8 +197,10 @@ template <class Arch, int WIDTH>
 MAMBA_ALWAYS_INLINE Vec<Arch> read_weights(const Inputs& in, std::int64_t d,
                                            Vec<Arch> (&weight)[WIDTH]) {
   float value = 0.0f;
-  for (int w = 0; w < WIDTH; ++w) {
-    read_line<Arch>(in.weight, d * in.weight.stride[0] + w * in.weight.stride[1], 1, 1, &value);
+  const int first = first_tap<Arch, WIDTH>(in);
+  for (int w = first; w < WIDTH; ++w) {
+    read_line<Arch>(in.weight, d * in.weight.stride[0] + (w - first) * in.weight.stride[1], 1, 1,
+                    &value);
     weight[w] = Vec<Arch>(value);
   }
   value = 0.0f;
@@ -209,15 +221,16 @@ void forward_row(const ForwardParams& params, std::int64_t b, std::int64_t d) {
   SeqLine<Arch> seq;
   Vec<Arch> weight[WIDTH];
   const Vec<Arch> bias = read_weights<Arch, WIDTH>(in, d, weight);
+  const int first = first_tap<Arch, WIDTH>(in);
   for (std::int64_t t = 0; t < length; t += kTimeBlock) {
     const int count = length - t < kTimeBlock ? static_cast<int>(length - t) : kTimeBlock;
     const int rounded = round_up<Arch>(count);
-    read_columns<Arch, WIDTH>(in, b, d, t - kHalo, kHalo + rounded, x + kPad - kHalo);
+    read_columns<Arch>(in, b, d, t - kHalo, kHalo + rounded, x + kPad - kHalo);
     if constexpr (MASKED) {
       seq.read(in.seq_idx, b, t - kHalo, kPad - kHalo, kHalo + rounded);
     }
     for (int i = 0; i < rounded; i += kLanes<Arch>) {
-      Vec<Arch> p = pre_activation<Arch, WIDTH, MASKED>(x, seq, kPad + i, weight, bias);
+      Vec<Arch> p = pre_activation<Arch, WIDTH, MASKED>(x, seq, kPad + i, weight, bias, first);
       if (in.silu) {
         p = mamba_native::cpu::silu<Arch>(p);
       }
@@ -238,6 +251,8 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
   constexpr int kHalo = WIDTH - 1;
   const Inputs& in = params.in;
   const std::int64_t length = in.x.size[2];
+  const int first = first_tap<Arch, WIDTH>(in);
+  const int states = kHalo - first;
   const TensorView& dfinal = params.dfinal_states;
   const TensorView& dinitial = params.dinitial_states;
   float x[kTimeLine];
@@ -255,7 +270,7 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
       // the sequence is 0 in x and in dout, and so in dp.
       const int rounded = round_up<Arch>(count);
       const int with_halo = round_up<Arch>(rounded + kHalo);
-      read_columns<Arch, WIDTH>(in, b, d, t - kHalo, kHalo + with_halo, x + kPad - kHalo);
+      read_columns<Arch>(in, b, d, t - kHalo, kHalo + with_halo, x + kPad - kHalo);
       const std::int64_t left = length - t;
       const int known = left < with_halo ? static_cast<int>(left) : with_halo;
       read_line<Arch>(
@@ -269,8 +284,8 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
       for (int i = 0; i < with_halo; i += kLanes<Arch>) {
         Vec<Arch> grad = Vec<Arch>::load_unaligned(dp + i);
         if (in.silu) {
-          grad *=
-              silu_grad<Arch>(pre_activation<Arch, WIDTH, MASKED>(x, seq, kPad + i, weight, bias));
+          grad *= silu_grad<Arch>(
+              pre_activation<Arch, WIDTH, MASKED>(x, seq, kPad + i, weight, bias, first));
         }
         if constexpr (MASKED) {
           grad = where_seen<Arch>(seq, kPad + i, kPad + i, grad);
@@ -286,7 +301,7 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
         const Vec<Arch> grad = Vec<Arch>::load_unaligned(dp + i);
         Vec<Arch> sum(0.0f);
         bias_sum += grad;
-        for (int w = 0; w < WIDTH; ++w) {
+        for (int w = first; w < WIDTH; ++w) {
           const int shift = kHalo - w;
           Vec<Arch> tap = Vec<Arch>::load_unaligned(x + kPad + i - shift);
           Vec<Arch> later = Vec<Arch>::load_unaligned(dp + i + shift);
@@ -304,24 +319,29 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
       }
       dbias += static_cast<double>(xsimd::reduce_add(bias_sum));
       if (dfinal.present()) {
-        const std::int64_t first = length - kHalo;  // the step of dfinal's column 0
-        for (std::int64_t s = first > t ? first : t; s < t + count; ++s) {
-          float extra;
-          read_line<Arch>(
-              dfinal, b * dfinal.stride[0] + d * dfinal.stride[1] + (s - first) * dfinal.stride[2],
-              1, 1, &extra);
-          dx[s - t] += extra;
+        const std::int64_t begin = length - states;  // the step of dfinal's column 0
+        for (std::int64_t s = begin > t ? begin : t; s < t + count; ++s) {
+          if (is_of_last_sequence(in, b, s)) {
+            float extra;
+            read_line<Arch>(
+                dfinal,
+                b * dfinal.stride[0] + d * dfinal.stride[1] + (s - begin) * dfinal.stride[2], 1, 1,
+                &extra);
+            dx[s - t] += extra;
+          }
         }
       }
       write_line<Arch>(dx, params.dx,
                        b * params.dx.stride[0] + d * params.dx.stride[1] + t * params.dx.stride[2],
                        params.dx.stride[2], count);
-      for (int j = 0; t == 0 && j < kHalo && dinitial.present(); ++j) {
+      for (int j = 0; t == 0 && j < states && dinitial.present(); ++j) {
         float sum = 0.0f;
-        for (int w = 0; w <= j; ++w) {
-          sum += weight[w].get(0) * dp[j - w];
+        for (int i = 0; i <= j; ++i) {  // the output that sees column j - states
+          if (!MASKED || seq.output[kPad + i] == seq.tap[kPad + j - states]) {
+            sum += weight[first + j - i].get(0) * dp[i];
+          }
         }
-        if (dfinal.present() && j >= length) {
+        if (dfinal.present() && j >= length && is_of_last_sequence(in, b, j - states)) {
           float extra;
           read_line<Arch>(
               dfinal, b * dfinal.stride[0] + d * dfinal.stride[1] + (j - length) * dfinal.stride[2],
@@ -334,8 +354,8 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
       }
     }
   }
-  for (int w = 0; w < WIDTH; ++w) {
-    params.dweight.as<float>()[d * WIDTH + w] = static_cast<float>(dweight[w]);
+  for (int w = first; w < WIDTH; ++w) {
+    params.dweight.as<float>()[d * (WIDTH - first) + w - first] = static_cast<float>(dweight[w]);
   }
   if (params.dbias.present()) {
     params.dbias.as<float>()[d] = static_cast<float>(dbias);
@@ -344,19 +364,24 @@ void backward_row(const BackwardParams& params, std::int64_t d) {
 
 // ---------------------------------------------------------------------------- along channels
 
+// The least power of two that holds WIDTH lines.
+template <int WIDTH>
+inline constexpr int kRing = WIDTH <= 4 ? 4 : 8;
+
 // Weights of a block of channels, transposed, and the last steps' lines of x.
 template <class Arch, int WIDTH, int CHANNELS>
 struct ChannelBlock {
   std::int64_t first;
   int count;
   int rounded;
+  int first_tap;
   float weight[WIDTH][CHANNELS];
   float bias[CHANNELS];
-  float ring[kMaxWidth][CHANNELS];  // step t at t mod kMaxWidth
+  float ring[kRing<WIDTH>][CHANNELS];  // step t at t mod kRing
   float zeros[CHANNELS];
   const float* taps[WIDTH];
 
-  float* line(std::int64_t t) { return ring[(t + kMaxWidth) % kMaxWidth]; }
+  float* line(std::int64_t t) { return ring[(t + kRing<WIDTH>) % kRing<WIDTH>]; }
 };
 
 template <class Arch, int WIDTH, int CHANNELS>
@@ -367,12 +392,14 @@ void open_block(const Inputs& in, std::int64_t index, ChannelBlock<Arch, WIDTH, 
   block.rounded = round_up<Arch>(block.count);
   fill<Arch>(block.zeros, CHANNELS, 0.0f);
   fill<Arch>(block.bias, CHANNELS, 0.0f);
-  for (int i = 0; i < kMaxWidth; ++i) {
+  for (int i = 0; i < kRing<WIDTH>; ++i) {
     fill<Arch>(block.ring[i], CHANNELS, 0.0f);
   }
-  for (int w = 0; w < WIDTH; ++w) {
+  block.first_tap = first_tap<Arch, WIDTH>(in);
+  for (int w = block.first_tap; w < WIDTH; ++w) {
     fill<Arch>(block.weight[w], CHANNELS, 0.0f);
-    read_line<Arch>(in.weight, block.first * in.weight.stride[0] + w * in.weight.stride[1],
+    read_line<Arch>(in.weight,
+                    block.first * in.weight.stride[0] + (w - block.first_tap) * in.weight.stride[1],
                     in.weight.stride[0], block.count, block.weight[w]);
   }
   if (in.bias.present()) {
@@ -386,13 +413,12 @@ template <class Arch, int WIDTH, int CHANNELS>
 MAMBA_ALWAYS_INLINE void read_step(const Inputs& in, std::int64_t b, std::int64_t t,
                                    ChannelBlock<Arch, WIDTH, CHANNELS>& block) {
   const TensorView& from = t < 0 ? in.initial_states : in.x;
-  if (!from.present()) {
+  const std::int64_t column = t < 0 ? t + in.weight.size[1] - 1 : t;
+  if (!from.present() || column < 0) {
     fill<Arch>(block.line(t), CHANNELS, 0.0f);
     return;
   }
-  read_line<Arch>(from,
-                  b * from.stride[0] + block.first * from.stride[1] +
-                      (t < 0 ? t + WIDTH - 1 : t) * from.stride[2],
+  read_line<Arch>(from, b * from.stride[0] + block.first * from.stride[1] + column * from.stride[2],
                   from.stride[1], block.count, block.line(t));
 }
 
@@ -411,7 +437,7 @@ MAMBA_ALWAYS_INLINE bool find_taps(const Inputs& in, std::int64_t b, std::int64_
   const std::int32_t own = row[t * seq_idx.stride[1]];
   for (int w = 0; w < WIDTH - 1; ++w) {
     const std::int64_t tap = t - (WIDTH - 1 - w);
-    if (tap < 0 || row[tap * seq_idx.stride[1]] != own) {
+    if (row[(tap < 0 ? 0 : tap) * seq_idx.stride[1]] != own) {
       block.taps[w] = block.zeros;
     }
   }
@@ -422,7 +448,7 @@ template <class Arch, int WIDTH, int CHANNELS>
 MAMBA_ALWAYS_INLINE Vec<Arch> pre_activation(const ChannelBlock<Arch, WIDTH, CHANNELS>& block,
                                              int i) {
   Vec<Arch> p = Vec<Arch>::load_unaligned(block.bias + i);
-  for (int w = 0; w < WIDTH; ++w) {
+  for (int w = WIDTH < kMaxWidth ? 0 : block.first_tap; w < WIDTH; ++w) {
     p = xsimd::fma(Vec<Arch>::load_unaligned(block.weight[w] + i),
                    Vec<Arch>::load_unaligned(block.taps[w] + i), p);
   }
@@ -486,26 +512,28 @@ struct ChannelSums {
 // output saw; the oldest of them, t - (W-1), is then complete.
 template <class Arch, int WIDTH>
 void backward_block(const BackwardParams& params, std::int64_t index) {
-  constexpr int kHalo = WIDTH - 1;
   constexpr std::int64_t kFlush = 256;
+  constexpr int kLines = kRing<WIDTH>;
   const Inputs& in = params.in;
+  const int first = first_tap<Arch, WIDTH>(in);
+  const int halo = WIDTH - 1 - first;
   const std::int64_t length = in.x.size[2];
   const TensorView& dfinal = params.dfinal_states;
   ChannelBlock<Arch, WIDTH, kBackwardChannels> block;
   open_block<Arch>(in, index, block);
   ChannelSums<Arch, WIDTH> sums = {};
-  float dx_ring[kMaxWidth][kBackwardChannels];  // column t at t mod kMaxWidth
-  float unseen[kBackwardChannels];              // takes what a masked tap would have got
+  float dx_ring[kLines][kBackwardChannels];  // column t at t mod kLines
+  float unseen[kBackwardChannels];           // takes what a masked tap would have got
   float dout[kBackwardChannels];
   fill<Arch>(unseen, kBackwardChannels, 0.0f);
   fill<Arch>(dout, kBackwardChannels, 0.0f);
   for (std::int64_t b = 0; b < in.x.size[0]; ++b) {
-    for (std::int64_t t = -kHalo; t < 0; ++t) {
+    for (std::int64_t t = -halo; t < 0; ++t) {
       read_step<Arch>(in, b, t, block);
-      fill<Arch>(dx_ring[t + kMaxWidth], kBackwardChannels, 0.0f);
+      fill<Arch>(dx_ring[t + kLines], kBackwardChannels, 0.0f);
     }
-    for (std::int64_t t = 0; t < length + kHalo; ++t) {
-      fill<Arch>(dx_ring[t % kMaxWidth], kBackwardChannels, 0.0f);
+    for (std::int64_t t = 0; t < length + halo; ++t) {
+      fill<Arch>(dx_ring[t % kLines], kBackwardChannels, 0.0f);
       bool real = t < length;
       if (real) {
         read_step<Arch>(in, b, t, block);
@@ -517,10 +545,10 @@ void backward_block(const BackwardParams& params, std::int64_t index) {
                             t * params.dout.stride[2],
                         params.dout.stride[1], block.count, dout);
         float* dcolumn[WIDTH];
-        for (int w = 0; w < WIDTH; ++w) {
+        for (int w = first; w < WIDTH; ++w) {
           dcolumn[w] = block.taps[w] == block.zeros
                            ? unseen
-                           : dx_ring[(t - (kHalo - w) + kMaxWidth) % kMaxWidth];
+                           : dx_ring[(t - (WIDTH - 1 - w) + kLines) % kLines];
         }
         for (int i = 0; i < block.rounded; i += kLanes<Arch>) {
           Vec<Arch> grad = Vec<Arch>::load_unaligned(dout + i);
@@ -528,7 +556,7 @@ void backward_block(const BackwardParams& params, std::int64_t index) {
             grad *= silu_grad<Arch>(pre_activation<Arch>(block, i));
           }
           (Vec<Arch>::load_unaligned(sums.dbias + i) + grad).store_unaligned(sums.dbias + i);
-          for (int w = 0; w < WIDTH; ++w) {
+          for (int w = first; w < WIDTH; ++w) {
             xsimd::fma(grad, Vec<Arch>::load_unaligned(block.taps[w] + i),
                        Vec<Arch>::load_unaligned(sums.dweight[w] + i))
                 .store_unaligned(sums.dweight[w] + i);
@@ -538,13 +566,13 @@ void backward_block(const BackwardParams& params, std::int64_t index) {
           }
         }
       }
-      const std::int64_t column = t - kHalo;
-      float* done = dx_ring[(column + kMaxWidth) % kMaxWidth];
-      if (dfinal.present() && column >= length - kHalo) {
-        read_line<Arch>(dfinal,
-                        b * dfinal.stride[0] + block.first * dfinal.stride[1] +
-                            (column - (length - kHalo)) * dfinal.stride[2],
-                        dfinal.stride[1], block.count, dout);
+      const std::int64_t column = t - halo;
+      float* done = dx_ring[(column + kLines) % kLines];
+      if (dfinal.present() && t >= length && is_of_last_sequence(in, b, column)) {
+        read_line<Arch>(
+            dfinal,
+            b * dfinal.stride[0] + block.first * dfinal.stride[1] + (t - length) * dfinal.stride[2],
+            dfinal.stride[1], block.count, dout);
         for (int i = 0; i < block.count; ++i) {
           done[i] += dout[i];
         }
@@ -553,7 +581,7 @@ void backward_block(const BackwardParams& params, std::int64_t index) {
       if (to.present()) {
         write_line<Arch>(done, to,
                          b * to.stride[0] + block.first * to.stride[1] +
-                             (column < 0 ? column + kHalo : column) * to.stride[2],
+                             (column < 0 ? t : column) * to.stride[2],
                          to.stride[1], block.count);
       }
       if (t % kFlush == kFlush - 1) {
@@ -563,8 +591,8 @@ void backward_block(const BackwardParams& params, std::int64_t index) {
     sums.flush();
   }
   for (int i = 0; i < block.count; ++i) {
-    for (int w = 0; w < WIDTH; ++w) {
-      params.dweight.as<float>()[(block.first + i) * WIDTH + w] =
+    for (int w = first; w < WIDTH; ++w) {
+      params.dweight.as<float>()[(block.first + i) * (WIDTH - first) + w - first] =
           static_cast<float>(sums.total_dweight[w][i]);
     }
     if (params.dbias.present()) {
@@ -595,15 +623,16 @@ void backward_row_of_width(const BackwardParams& params, std::int64_t d) {
 
 }  // namespace kernel
 
-// Kernels::for_width[W - 2].
+template <class Arch, int WIDTH>
+constexpr KernelsOfWidth kernels_of_width() {
+  return {kernel::forward_row_of_width<Arch, WIDTH>, kernel::forward_block<Arch, WIDTH>,
+          kernel::backward_row_of_width<Arch, WIDTH>, kernel::backward_block<Arch, WIDTH>};
+}
+
 template <class Arch>
 constexpr Kernels kernels() {
-  return {{{kernel::forward_row_of_width<Arch, 2>, kernel::forward_block<Arch, 2>,
-            kernel::backward_row_of_width<Arch, 2>, kernel::backward_block<Arch, 2>},
-           {kernel::forward_row_of_width<Arch, 3>, kernel::forward_block<Arch, 3>,
-            kernel::backward_row_of_width<Arch, 3>, kernel::backward_block<Arch, 3>},
-           {kernel::forward_row_of_width<Arch, 4>, kernel::forward_block<Arch, 4>,
-            kernel::backward_row_of_width<Arch, 4>, kernel::backward_block<Arch, 4>}}};
+  return {{kernels_of_width<Arch, 2>(), kernels_of_width<Arch, 3>(), kernels_of_width<Arch, 4>()},
+          kernels_of_width<Arch, kMaxWidth>()};
 }
 
 }  // namespace mamba_native::causal_conv1d::cpu

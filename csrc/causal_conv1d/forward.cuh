@@ -12,6 +12,7 @@
 //                   blockDim = (lanes along channels, segments of time)
 //
 //   grid.x = (block of channels, block along time), grid.y = batch; both kernels take any strides.
+//   WIDTH = kMaxWidth stands for any width up to that, with the oldest taps missing.
 #pragma once
 
 #include <utility>
@@ -29,19 +30,21 @@ struct DeviceForward {
   std::int64_t steps;  // along_channels: of a thread
 };
 
-// The last W-1 columns of [initial_states, x] for channels [d, d + count); one thread does them.
+// The last W-1 columns of [initial_states, x] for channels [d, d + count), those of other sequences
+// than the last being 0; one thread does them.
 template <int WIDTH, class T>
 __device__ __forceinline__ void write_final_states(const DeviceForward<T>& p, std::int64_t b,
                                                    std::int64_t d, int count) {
+  const int states = WIDTH - 1 - p.in.template first_tap<WIDTH>();
   for (int c = 0; c < count; ++c) {
-#pragma unroll
-    for (int j = 0; j < WIDTH - 1; ++j) {
-      const std::int64_t t = p.in.length - (WIDTH - 1) + j;
+    for (int j = 0; j < states; ++j) {
+      const std::int64_t t = p.in.length - states + j;
+      const bool counts = p.in.is_of_last_sequence(b, t);
       float column = 0.0f;
-      if (t >= 0) {
+      if (counts && t >= 0) {
         column = mamba_native::cuda::as_float(*p.in.x.at(b, d + c, t));
-      } else if (p.in.initial_states.data != nullptr) {
-        column = mamba_native::cuda::as_float(*p.in.initial_states.at(b, d + c, t + WIDTH - 1));
+      } else if (counts && p.in.initial_states.data != nullptr) {
+        column = mamba_native::cuda::as_float(*p.in.initial_states.at(b, d + c, t + states));
       }
       *p.final_states.at(b, d + c, j) = mamba_native::cuda::from_float<T>(column);
     }
@@ -120,6 +123,7 @@ __device__ __forceinline__ void forward_rows(const DeviceForward<T>& p,
                                              std::int64_t d, std::int64_t t, int valid,
                                              bool vectors, Window<CHANNELS, WIDTH - 1>& window) {
   constexpr int kHalo = WIDTH - 1;
+  const int first_tap = p.in.template first_tap<WIDTH>();
   Vector<T, CHANNELS> rows[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -135,7 +139,7 @@ __device__ __forceinline__ void forward_rows(const DeviceForward<T>& p,
     }
 #pragma unroll
     for (int w = 0; w < kHalo; ++w) {
-      if (window.seq[w] == seq) {
+      if (w >= first_tap && window.seq[w] == seq) {
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
           out[c] = fmaf(taps.weight[w][c], window.x[w][c], out[c]);
@@ -175,7 +179,7 @@ template <class T, int WIDTH, int CHANNELS>
 __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks<CHANNELS>)
     forward_along_channels(const DeviceForward<T> p) {
   constexpr int kHalo = WIDTH - 1;
-  constexpr int kRows = CHANNELS >= 8 ? 3 : 4;
+  constexpr int kRows = CHANNELS >= 8 ? 3 : WIDTH == kMaxWidth ? 2 : 4;
   const std::int64_t d =
       (std::int64_t{blockIdx.x / p.segments} * blockDim.x + threadIdx.x) * CHANNELS;
   const std::int64_t first =
@@ -219,10 +223,11 @@ template <class T, int ROW, int WIDTH>
 void launch_forward(const DeviceForward<T>& p, dim3 grid, dim3 block, cudaStream_t stream) {
   constexpr Config kConfig = kForwardConfigs[ROW];
   constexpr int kItems = kConfig.items(sizeof(T));
+  constexpr int kWidth = kernel_width(kConfig, WIDTH);
   if constexpr (kConfig.axis == Axis::time) {
-    forward_along_time<T, WIDTH, kItems><<<grid, block, 0, stream>>>(p);
+    forward_along_time<T, kWidth, kItems><<<grid, block, 0, stream>>>(p);
   } else {
-    forward_along_channels<T, WIDTH, kItems><<<grid, block, 0, stream>>>(p);
+    forward_along_channels<T, kWidth, kItems><<<grid, block, 0, stream>>>(p);
   }
   MAMBA_CUDA_CHECK_LAUNCH();
 }
@@ -235,7 +240,7 @@ ForwardLauncher<T> forward_launcher(int row, std::int64_t width,
                                     std::integer_sequence<int, ROWS...>) {
   static constexpr ForwardLauncher<T> kTable[][3] = {
       {launch_forward<T, ROWS, 2>, launch_forward<T, ROWS, 3>, launch_forward<T, ROWS, 4>}...};
-  return kTable[row][width - 2];
+  return kTable[row][kForwardConfigs[row].any_width ? 0 : width - 2];
 }
 
 template <class Host>

@@ -30,21 +30,22 @@ std::int64_t power_of_two_from(std::int64_t count) {
   return power;
 }
 
-// The first row of the table that runs along x's axis and whose vectors suit x; if none does, the
-// first of that axis, which then moves single elements.
+// The first row of the table that is for the width, runs along x's axis and whose vectors suit x;
+// if none does, the first of that axis, which then moves single elements.
 template <int COUNT>
-int choose_row(const Config (&configs)[COUNT], const TensorView& x, int forced) {
+int choose_row(const Config (&configs)[COUNT], const Inputs& in, int forced) {
   if (forced >= 0) {
     MAMBA_CHECK(forced < COUNT, "causal_conv1d: there is no kernel ", forced, " of ", COUNT);
     return forced;
   }
-  const Axis axis = is_channel_last(x) ? Axis::channels : Axis::time;
+  const bool any_width = in.weight.size[1] > kWidestOwnKernel;
+  const Axis axis = any_width || is_channel_last(in.x) ? Axis::channels : Axis::time;
   int first = -1;
   for (int i = 0; i < COUNT; ++i) {
-    if (configs[i].axis != axis) {
+    if (configs[i].axis != axis || configs[i].any_width != any_width) {
       continue;
     }
-    if (moves_vectors(x, configs[i])) {
+    if (moves_vectors(in.x, configs[i])) {
       return i;
     }
     first = first < 0 ? i : first;
@@ -58,7 +59,6 @@ Plan make_plan(const Config& config, int row, const Inputs& in,
                const mamba_native::cuda::DeviceInfo& device, std::int64_t most_lanes,
                std::int64_t most_steps, std::int64_t least_steps) {
   constexpr std::int64_t kMaxGridX = 0x7fffffff;
-  constexpr std::int64_t kMaxGridY = 65535;
   constexpr std::int64_t kWarpsPerMultiprocessor = 32;
   const std::int64_t batch = in.x.size[0];
   const std::int64_t channels = in.x.size[1];
@@ -114,11 +114,12 @@ bool moves_vectors(const TensorView& tensor, const Config& config) {
 
 std::string describe(const Config& config) {
   return text("vectors along ", config.axis == Axis::time ? "time" : "the channels", ": ",
-              config.items_of_2_bytes, " of 16 bits, ", config.items_of_4_bytes, " of 32");
+              config.items_of_2_bytes, " of 16 bits, ", config.items_of_4_bytes, " of 32",
+              config.any_width ? ", any width" : "");
 }
 
 Plan choose_forward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device, int forced) {
-  const int row = choose_row(kForwardConfigs, in.x, forced);
+  const int row = choose_row(kForwardConfigs, in, forced);
   const Config& config = kForwardConfigs[row];
   // 12, 24 and 48 steps are whole groups of the 3 or 4 rows that a thread has in flight.
   return config.axis == Axis::time ? make_plan(config, row, in, device, kMaxThreads, 1, 1)
@@ -126,11 +127,18 @@ Plan choose_forward(const Inputs& in, const mamba_native::cuda::DeviceInfo& devi
 }
 
 // Backward threads of a warp sum their shares of dweight, so its lanes do not leave the warp.
-Plan choose_backward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device, int forced) {
-  const int row = choose_row(kBackwardConfigs, in.x, forced);
+Plan choose_backward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device, bool ordered,
+                     int forced) {
+  const int row = choose_row(kBackwardConfigs, in, forced);
   const Config& config = kBackwardConfigs[row];
-  return config.axis == Axis::time ? make_plan(config, row, in, device, kWarp, 8, 1)
-                                   : make_plan(config, row, in, device, kWarp, 64, 8);
+  Plan plan = config.axis == Axis::time ? make_plan(config, row, in, device, kWarp, 8, 1)
+                                        : make_plan(config, row, in, device, kWarp, 64, 8);
+  if (ordered) {
+    constexpr std::int64_t kColumnsPerRow = 64;  // of x, for each row of the workspace
+    const std::int64_t columns = in.x.size[0] * in.x.size[2];
+    plan.batches = std::min(plan.batches, std::max<std::int64_t>(columns / kColumnsPerRow, 1));
+  }
+  return plan;
 }
 
 }  // namespace cuda

@@ -17,12 +17,16 @@ namespace cuda {
 // What a thread's vectors lie along.
 enum class Axis { time, channels };
 
+// The widths up to this one have kernels of their own.
+inline constexpr int kWidestOwnKernel = 4;
+
 // One row = one kernel per direction, width and dtype: a thread moves that many consecutive
 // elements of 2 or of 4 bytes at once.
 struct Config {
   Axis axis;
   int items_of_2_bytes;
   int items_of_4_bytes;
+  bool any_width = false;  // one kernel for every width, known at run time
 
   constexpr int items(std::int64_t element_bytes) const {
     return element_bytes == 2 ? items_of_2_bytes : items_of_4_bytes;
@@ -33,6 +37,7 @@ inline constexpr Config kForwardConfigs[] = {
     {Axis::time, 16, 8},
     {Axis::channels, 4, 4},
     {Axis::channels, 4, 2},  // float32 whose rows are aligned to no more than 8 bytes
+    {Axis::channels, 2, 1, true},
 };
 inline constexpr int kForwardConfigCount =
     static_cast<int>(sizeof(kForwardConfigs) / sizeof(kForwardConfigs[0]));
@@ -40,11 +45,13 @@ inline constexpr int kForwardConfigCount =
 inline constexpr Config kBackwardConfigs[] = {
     {Axis::time, 16, 8},
     {Axis::channels, 4, 4},
+    {Axis::channels, 2, 1, true},
 };
 inline constexpr int kBackwardConfigCount =
     static_cast<int>(sizeof(kBackwardConfigs) / sizeof(kBackwardConfigs[0]));
 
 inline constexpr int kMaxThreads = 128;
+inline constexpr std::int64_t kMaxGridY = 65535;
 
 // A kernel and its launch. A thread block is lanes x groups threads: lanes lie along the axis,
 // groups along the other one.
@@ -62,9 +69,11 @@ struct Plan {
 std::string describe(const Config& config);
 
 // `forced` < 0 leaves the row to the rules. Error when the grid would exceed CUDA's limits.
+// `ordered`: thread blocks leave their sums in a workspace, segments times batches rows, which is
+// kept smaller than the tensors.
 Plan choose_forward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device,
                     int forced = -1);
-Plan choose_backward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device,
+Plan choose_backward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device, bool ordered,
                      int forced = -1);
 
 // True when strides and address let a tensor (B, D, L) or (B, D, W-1) move in the vectors of
@@ -78,7 +87,6 @@ template <class T>
 void backward(const BackwardParams& params, const Plan& plan);
 template <class T>
 void update(const UpdateParams& params);
-template <class T>
 void varlen_states(const VarlenStatesParams& params);
 
 }  // namespace cuda

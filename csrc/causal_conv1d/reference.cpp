@@ -51,10 +51,17 @@ struct Convolution {
     return in.seq_idx.present() && get_index(in.seq_idx, b, t) < 0;
   }
 
-  // Whether the output at t sees the column at `tap`.
+  // Whether the output at t sees the column at `tap`; initial states are of position 0's sequence.
   bool sees(std::int64_t b, std::int64_t t, std::int64_t tap) const {
-    return !in.seq_idx.present() || (tap >= 0 && !is_padding(b, t) &&
-                                     get_index(in.seq_idx, b, tap) == get_index(in.seq_idx, b, t));
+    return !in.seq_idx.present() ||
+           (!is_padding(b, t) && get_index(in.seq_idx, b, std::max<std::int64_t>(tap, 0)) ==
+                                     get_index(in.seq_idx, b, t));
+  }
+
+  // The column that column j of the final states comes from, and whether it is not masked.
+  std::int64_t final_column(std::int64_t j) const { return length - (width - 1) + j; }
+  bool keeps_final(std::int64_t b, std::int64_t j) const {
+    return length == 0 || sees(b, length - 1, final_column(j));
   }
 
   Scalar pre_activation(std::int64_t b, std::int64_t d, std::int64_t t) const {
@@ -84,7 +91,9 @@ void forward(const ForwardParams& params) {
       }
       if (params.final_states.present()) {
         for (std::int64_t j = 0; j < conv.width - 1; ++j) {
-          set(params.final_states, conv.column(b, d, length - (conv.width - 1) + j), b, d, j);
+          set(params.final_states,
+              conv.keeps_final(b, j) ? conv.column(b, d, conv.final_column(j)) : Scalar(0), b, d,
+              j);
         }
       }
     }
@@ -123,8 +132,10 @@ void backward(const BackwardParams& params) {
       }
       if (params.dfinal_states.present()) {
         for (std::int64_t j = 0; j < halo; ++j) {
-          dcolumn[static_cast<std::size_t>(length + j)] +=
-              get<Scalar>(params.dfinal_states, b, d, j);
+          if (conv.keeps_final(b, j)) {
+            dcolumn[static_cast<std::size_t>(length + j)] +=
+                get<Scalar>(params.dfinal_states, b, d, j);
+          }
         }
       }
       for (std::int64_t j = 0; j < halo && params.dinitial_states.present(); ++j) {

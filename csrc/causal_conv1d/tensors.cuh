@@ -39,23 +39,27 @@ Sequence<T> sequence(const TensorView& tensor, const Config& config) {
   return out;
 }
 
-// weight (D, W) and bias (D), of a dtype known at run time.
+// weight (D, W) and bias (D), of a dtype known at run time. A kernel for any width up to its own
+// takes the oldest taps, those before first_tap, as missing: they are neither read nor added.
 struct Weights {
   const void* weight = nullptr;
   const void* bias = nullptr;
   DType dtype = DType::f32;
   std::int64_t channel = 0, tap = 0, bias_channel = 0;
-  bool contiguous = false;  // and aligned to 16 bytes
+  int first_tap = 0;
+  bool contiguous = false;  // and aligned to 16 bytes, and no tap is missing
 };
 
-inline Weights weights(const TensorView& weight, const TensorView& bias) {
+// `width`: of the kernel.
+inline Weights weights(const TensorView& weight, const TensorView& bias, int width) {
   Weights out;
   out.weight = weight.data;
   out.dtype = weight.dtype;
   out.channel = weight.stride[0];
   out.tap = weight.stride[1];
-  out.contiguous =
-      weight.is_contiguous() && reinterpret_cast<std::uintptr_t>(weight.data) % 16 == 0;
+  out.first_tap = width - static_cast<int>(weight.size[1]);
+  out.contiguous = out.first_tap == 0 && weight.is_contiguous() &&
+                   reinterpret_cast<std::uintptr_t>(weight.data) % 16 == 0;
   if (bias.present()) {
     out.bias = bias.data;
     out.bias_channel = bias.stride[0];
@@ -73,10 +77,31 @@ struct DeviceInputs {
   std::int64_t seq_batch, seq_step;
   bool silu;
 
+  // Columns before x are of position 0's sequence.
   __device__ __forceinline__ int seq(std::int64_t b, std::int64_t t) const {
-    return t < 0 || t >= length ? -1 : seq_idx[b * seq_batch + t * seq_step];
+    return t >= length ? -1 : seq_idx[b * seq_batch + (t < 0 ? 0 : t) * seq_step];
+  }
+
+  // Whether a column counts in the final states.
+  __device__ __forceinline__ bool is_of_last_sequence(std::int64_t b, std::int64_t t) const {
+    if (seq_idx == nullptr) {
+      return true;
+    }
+    const int last = seq(b, length - 1);
+    return last >= 0 && seq(b, t) == last;
+  }
+
+  // A constant for the kernels of one width.
+  template <int WIDTH>
+  __device__ __forceinline__ int first_tap() const {
+    return WIDTH < kMaxWidth ? 0 : weights.first_tap;
   }
 };
+
+// Of the kernel that `config` has for a weight's width.
+constexpr int kernel_width(const Config& config, std::int64_t width) {
+  return config.any_width ? kMaxWidth : static_cast<int>(width);
+}
 
 template <class T>
 DeviceInputs<T> device_inputs(const Inputs& in, const Config& config) {
@@ -86,8 +111,11 @@ DeviceInputs<T> device_inputs(const Inputs& in, const Config& config) {
   out.length = in.x.size[2];
   out.x = sequence<const T>(in.x, config);
   out.initial_states = sequence<const T>(in.initial_states, config);
-  out.weights = weights(in.weight, in.bias);
-  out.seq_idx = in.seq_idx.present() ? static_cast<const std::int32_t*>(in.seq_idx.data) : nullptr;
+  out.weights = weights(in.weight, in.bias, kernel_width(config, in.weight.size[1]));
+  // Without steps there are no indices to read, and the states pass through.
+  out.seq_idx = in.seq_idx.present() && out.length > 0
+                    ? static_cast<const std::int32_t*>(in.seq_idx.data)
+                    : nullptr;
   out.seq_batch = in.seq_idx.stride[0];
   out.seq_step = in.seq_idx.stride[1];
   out.silu = in.silu;
@@ -225,9 +253,10 @@ __device__ __forceinline__ void load_taps_as(const Weights& from, std::int64_t d
 #pragma unroll
     for (int i = 0; i < CHANNELS * WIDTH; ++i) {
       const int c = i / WIDTH;
+      const int tap = i % WIDTH - from.first_tap;
       to.weight[i % WIDTH][c] =
-          c < valid
-              ? mamba_native::cuda::as_float(weight[(d + c) * from.channel + i % WIDTH * from.tap])
+          c < valid && tap >= 0
+              ? mamba_native::cuda::as_float(weight[(d + c) * from.channel + tap * from.tap])
               : 0.0f;
     }
   }
@@ -324,8 +353,9 @@ __device__ __forceinline__ Vector<T, COUNT> load_column(const DeviceInputs<T>& i
   if (t >= 0) {
     return load<COUNT>(in.x.at(b, d, t), in.x.channel, t < in.length ? valid : 0, in.x.vectorize);
   }
-  const bool known = in.initial_states.data != nullptr;
-  return load<COUNT>(in.initial_states.at(b, d, t + WIDTH - 1), in.initial_states.channel,
+  const std::int64_t state = t + (WIDTH - 1 - in.template first_tap<WIDTH>());
+  const bool known = in.initial_states.data != nullptr && state >= 0;
+  return load<COUNT>(in.initial_states.at(b, d, state), in.initial_states.channel,
                      known ? valid : 0, in.initial_states.vectorize);
 }
 

@@ -1,4 +1,4 @@
-// A decode step, and the states of packed sequences, on CUDA: copies with a little arithmetic.
+// A decode step on CUDA: copies with a little arithmetic.
 #pragma once
 
 #include "causal_conv1d/tensors.cuh"
@@ -9,7 +9,6 @@
 namespace mamba_native::causal_conv1d::cuda {
 
 inline constexpr int kUpdateThreads = 64;
-inline constexpr std::int64_t kMaxGridY = 65535;
 
 template <class T>
 struct DeviceUpdate {
@@ -28,11 +27,13 @@ struct DeviceUpdate {
 //
 //   v = [context, x];  out[i] = act(bias + sum_w weight[w] v[i + w]);  then x enters the buffer
 //
-// The context and the first token are loaded before anything is stored.
+// WIDTH is the largest width that it takes; the oldest taps of a narrower weight are missing. The
+// context and the first token are loaded before anything is stored.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const DeviceUpdate<T> p) {
   constexpr int kHalo = WIDTH - 1;
   constexpr int kMove = 4;  // columns of a linear buffer that move at once
+  const int first_tap = p.weights.first_tap;
   const std::int64_t d = std::int64_t{blockIdx.x} * kUpdateThreads + threadIdx.x;
   if (d >= p.channels) {
     return;
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const DeviceUpda
     for (int j = 0; j < kHalo; ++j) {
       std::int64_t column = start - kHalo + j;  // a linear buffer ends with the newest column
       column = column < 0 ? column + p.state_len : column;
-      window[j] = mamba_native::cuda::as_float(*p.state.at(row, d, column));
+      window[j] = j < first_tap ? 0.0f : mamba_native::cuda::as_float(*p.state.at(row, d, column));
     }
     T next = *p.x.at(b, d, 0);
     if (p.cache_seqlens == nullptr) {
@@ -93,7 +94,9 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const DeviceUpda
       float out = taps.bias[0];
 #pragma unroll
       for (int w = 0; w < WIDTH; ++w) {
-        out = fmaf(taps.weight[w][0], window[w], out);
+        if (w >= first_tap) {
+          out = fmaf(taps.weight[w][0], window[w], out);
+        }
       }
 #pragma unroll
       for (int w = 0; w < kHalo; ++w) {
@@ -111,6 +114,13 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const DeviceUpda
   }
 }
 
+template <class T, int WIDTH>
+void launch_update(DeviceUpdate<T> p, const UpdateParams& params, dim3 grid) {
+  p.weights = weights(params.weight, params.bias, WIDTH);
+  update_kernel<T, WIDTH><<<grid, kUpdateThreads, 0, static_cast<cudaStream_t>(params.stream)>>>(p);
+  MAMBA_CUDA_CHECK_LAUNCH();
+}
+
 template <class Host>
 void update(const UpdateParams& params) {
   using T = mamba_native::cuda::DeviceType<Host>;
@@ -124,7 +134,6 @@ void update(const UpdateParams& params) {
   p.x = sequence<const T>(params.x, kElements);
   p.state = sequence<T>(params.conv_state, kElements);
   p.out = sequence<T>(params.out, kElements);
-  p.weights = weights(params.weight, params.bias);
   p.cache_seqlens = params.cache_seqlens.present()
                         ? static_cast<const std::int32_t*>(params.cache_seqlens.data)
                         : nullptr;
@@ -138,85 +147,11 @@ void update(const UpdateParams& params) {
   MAMBA_CHECK(blocks <= 0x7fffffff, "causal_conv1d_update: too many channels: ", p.channels);
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(p.batch < kMaxGridY ? p.batch : kMaxGridY));
-  const cudaStream_t stream = static_cast<cudaStream_t>(params.stream);
-  switch (params.weight.size[1]) {
-    case 2:
-      update_kernel<T, 2><<<grid, kUpdateThreads, 0, stream>>>(p);
-      break;
-    case 3:
-      update_kernel<T, 3><<<grid, kUpdateThreads, 0, stream>>>(p);
-      break;
-    default:
-      update_kernel<T, 4><<<grid, kUpdateThreads, 0, stream>>>(p);
-      break;
+  if (params.weight.size[1] <= kWidestOwnKernel) {
+    launch_update<T, kWidestOwnKernel>(p, params, grid);
+  } else {
+    launch_update<T, kMaxWidth>(p, params, grid);
   }
-  MAMBA_CUDA_CHECK_LAUNCH();
-}
-
-template <class T>
-struct DeviceVarlenStates {
-  std::int64_t tokens, sequences, channels, state_len;
-  const T* x;
-  std::int64_t x_token, x_channel;
-  const void* cu_seqlens;
-  DType cu_seqlens_dtype;
-  std::int64_t cu_seqlens_step;
-  Sequence<T> states;
-
-  __device__ __forceinline__ std::int64_t boundary(std::int64_t s) const {
-    const std::int64_t offset = s * cu_seqlens_step;
-    const std::int64_t at = cu_seqlens_dtype == DType::i64
-                                ? static_cast<const std::int64_t*>(cu_seqlens)[offset]
-                                : static_cast<const std::int32_t*>(cu_seqlens)[offset];
-    return max(std::int64_t{0}, min(at, tokens));  // stays inside x, whatever was passed
-  }
-};
-
-// states[s, :, state_len - 1 - j] = x[end of sequence s - 1 - j] while that belongs to s, else 0.
-// grid = (blocks of channels, columns of all sequences).
-template <class T>
-__global__ void __launch_bounds__(kUpdateThreads)
-    varlen_states_kernel(const DeviceVarlenStates<T> p) {
-  const std::int64_t d = std::int64_t{blockIdx.x} * kUpdateThreads + threadIdx.x;
-  if (d >= p.channels) {
-    return;
-  }
-  const std::int64_t columns = p.sequences * p.state_len;
-  for (std::int64_t i = blockIdx.y; i < columns; i += gridDim.y) {
-    const std::int64_t s = i / p.state_len;
-    const std::int64_t column = i % p.state_len;
-    const std::int64_t token = p.boundary(s + 1) - p.state_len + column;
-    T value = mamba_native::cuda::from_float<T>(0.0f);
-    if (token >= p.boundary(s)) {
-      value = p.x[token * p.x_token + d * p.x_channel];
-    }
-    *p.states.at(s, d, column) = value;
-  }
-}
-
-template <class Host>
-void varlen_states(const VarlenStatesParams& params) {
-  using T = mamba_native::cuda::DeviceType<Host>;
-  constexpr Config kElements{Axis::channels, 1, 1};
-  DeviceVarlenStates<T> p;
-  p.tokens = params.x.size[0];
-  p.channels = params.x.size[1];
-  p.sequences = params.states.size[0];
-  p.state_len = params.states.size[2];
-  p.x = params.x.as<const T>();
-  p.x_token = params.x.stride[0];
-  p.x_channel = params.x.stride[1];
-  p.cu_seqlens = params.cu_seqlens.data;
-  p.cu_seqlens_dtype = params.cu_seqlens.dtype;
-  p.cu_seqlens_step = params.cu_seqlens.stride[0];
-  p.states = sequence<T>(params.states, kElements);
-  const std::int64_t columns = p.sequences * p.state_len;
-  const std::int64_t blocks = ceil_div(p.channels, kUpdateThreads);
-  MAMBA_CHECK(blocks <= 0x7fffffff, "causal_conv1d_varlen_states: too many channels: ", p.channels);
-  const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>(columns < kMaxGridY ? columns : kMaxGridY));
-  varlen_states_kernel<<<grid, kUpdateThreads, 0, static_cast<cudaStream_t>(params.stream)>>>(p);
-  MAMBA_CUDA_CHECK_LAUNCH();
 }
 
 }  // namespace mamba_native::causal_conv1d::cuda

@@ -3,6 +3,5 @@
 namespace mamba_native::causal_conv1d::cuda {
 
 template void update<BFloat16>(const UpdateParams&);
-template void varlen_states<BFloat16>(const VarlenStatesParams&);
 
 }  // namespace mamba_native::causal_conv1d::cuda

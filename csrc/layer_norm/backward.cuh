@@ -13,13 +13,14 @@
 //
 // The next row's loads are under way while the current one is summed, because few blocks have few
 // other warps to hide them behind. At the end each block adds up its rows side by side and writes
-// one row of partial sums to the workspace; sum_workspace() adds those in a fixed order.
+// one row of partial sums to the workspace; core/cuda/ordered_sums.h adds those up.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <utility>
 
+#include "core/cuda/ordered_sums.h"
 #include "layer_norm/rows.cuh"
 
 namespace mamba_native::layer_norm::cuda {
@@ -383,6 +384,20 @@ using BackwardLauncher = void (*)(const Backward&, const BackwardPlan&, cudaStre
 template <class T, std::size_t... I>
 constexpr std::array<BackwardLauncher, sizeof...(I)> backward_launchers(std::index_sequence<I...>) {
   return {{&launch_backward<T, I>...}};
+}
+
+// dweight, dbias, dweight1 and dbias1: the sums of the first `rows` rows of the workspace.
+inline void sum_workspace(const BackwardParams& params, std::int64_t rows) {
+  const TensorView* const outputs[] = {&params.dweight, &params.dbias, &params.dweight1,
+                                       &params.dbias1};
+  const std::int64_t features = params.dweight.size[0];
+  mamba_native::cuda::OrderedSums sums;
+  for (int i = 0; i < mamba_native::cuda::OrderedSums::kMost; ++i) {
+    sums.of[i] = {params.workspace.as<const float>() + i * features, outputs[i]->as<float>(),
+                  features};
+  }
+  mamba_native::cuda::add_in_order(sums, rows, params.workspace.size[1] * features,
+                                   static_cast<cudaStream_t>(params.stream));
 }
 
 template <class T>

@@ -72,8 +72,4 @@ void forward(const ForwardParams& params, const ForwardPlan& plan);
 template <class T>
 void backward(const BackwardParams& params, const BackwardPlan& plan);
 
-// Second stage of backward: dweight, dbias, dweight1 and dbias1 are the sums of the first `blocks`
-// rows of the workspace.
-void sum_workspace(const BackwardParams& params, std::int64_t blocks);
-
 }  // namespace mamba_native::layer_norm::cuda

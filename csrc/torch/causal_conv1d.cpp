@@ -38,7 +38,8 @@ Tensor empty_states(const Tensor& x, const Tensor& weight) {
 }
 
 void check_width(const char* op, const Tensor& weight) {
-  MAMBA_CHECK(weight.size(1) >= 1, op, ": weight must have a width of 2 to 4, got ",
+  MAMBA_CHECK(weight.size(1) >= 1, op, ": weight must have a width between ",
+              causal_conv1d::kMinWidth, " and ", causal_conv1d::kMaxWidth, ", got ",
               weight.size(1));
 }
 
@@ -63,7 +64,8 @@ std::tuple<Tensor, Tensor> causal_conv1d_forward(const Tensor& x, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
     const Tensor& dout, const Optional& dfinal_states, const Tensor& x, const Tensor& weight,
-    const Optional& bias, const Optional& seq_idx, const Optional& initial_states, bool silu) {
+    const Optional& bias, const Optional& seq_idx, const Optional& initial_states, bool silu,
+    bool deterministic) {
   constexpr char kOp[] = "causal_conv1d_backward";
   causal_conv1d::BackwardParams params;
   params.in = conv_inputs(kOp, x, weight, bias, seq_idx, initial_states, silu);
@@ -80,6 +82,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   params.dweight = view(kOp, "dweight", dweight);
   params.dbias = bias ? view(kOp, "dbias", dbias) : TensorView();
   params.dinitial_states = initial_states ? view(kOp, "dinitial_states", dinitial) : TensorView();
+  Tensor workspace = nothing(x, Scalar::Float);
+  if (deterministic) {
+    workspace = empty(x, {causal_conv1d::workspace_rows(params.in), x.size(1), weight.size(1) + 1},
+                      Scalar::Float);
+    params.workspace = view(kOp, "workspace", workspace);
+  }
   params.stream = scope.stream();
   causal_conv1d::backward(params);
   return {dx, to_dtype(dweight, weight.scalar_type()), to_dtype(dbias, weight.scalar_type()),
@@ -140,7 +148,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mamba_native, m) {
   m.def(
       "causal_conv1d_backward(Tensor dout, Tensor? dfinal_states, Tensor x, Tensor weight, Tensor? "
       "bias, "
-      "Tensor? seq_idx, Tensor? initial_states, bool silu) "
+      "Tensor? seq_idx, Tensor? initial_states, bool silu, bool deterministic=False) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states)");
   m.def(
       "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool "

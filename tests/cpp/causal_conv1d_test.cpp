@@ -57,9 +57,11 @@ struct Case {
   bool silu = true;
   bool initial = false;            // initial_states and the gradient of final_states
   bool packed = false;             // seq_idx, with padding that holds NaN
-  bool weight_alike = false;       // in x's dtype, not float32
+  bool open_end = false;           // packed, and the last sequence goes to the end
+  DType weight = DType::f32;       // float64 if x is
   bool weight_transposed = false;  // strides (1, D)
   bool dout_expanded = false;      // every stride 0
+  bool ordered = false;            // dweight and dbias in a fixed order
 };
 
 Case with(const std::string& name, const std::function<void(Case&)>& change) {
@@ -92,17 +94,24 @@ std::vector<Case> star() {
              c.length = 3;
              c.layout = Layout::channel_last;
            }),
-      with("weight_alike", [](Case& c) { c.weight_alike = true; }),
+      with("weight_f16", [](Case& c) { c.weight = DType::f16; }),
+      with("weight_bf16", [](Case& c) { c.weight = DType::bf16; }),
       with("weight_transposed", [](Case& c) { c.weight_transposed = true; }),
       with("dout_expanded", [](Case& c) { c.dout_expanded = true; }),
       with("channel_first_slice", [](Case& c) { c.layout = Layout::channel_first_slice; }),
       with("every_other_step", [](Case& c) { c.layout = Layout::every_other_step; }),
       with("expanded", [](Case& c) { c.layout = Layout::expanded; }),
-      with("channel_last_weight_alike",
+      with("channel_last_weight_f16",
            [](Case& c) {
              c.layout = Layout::channel_last;
              c.channels = 32;
-             c.weight_alike = true;
+             c.weight = DType::f16;
+           }),
+      with("channel_last_weight_bf16",
+           [](Case& c) {
+             c.layout = Layout::channel_last;
+             c.channels = 32;
+             c.weight = DType::bf16;
            }),
       with("channel_last_dout_expanded",
            [](Case& c) {
@@ -133,7 +142,14 @@ std::vector<Case> star() {
   for (const bool last : {false, true}) {
     const std::string prefix = last ? "channel_last_" : "";
     const Layout layout = last ? Layout::channel_last : Layout::channel_first;
-    for (const std::int64_t width : {2, 3, 4}) {
+    for (const std::int64_t width : {5, 6, 7, 8}) {
+      rows.push_back(with(prefix + "width_" + std::to_string(width), [&](Case& c) {
+        c.layout = layout;
+        c.channels = 40;
+        c.width = width;
+      }));
+    }
+    for (const std::int64_t width : {2, 3, 4, 5, 6, 7, 8}) {
       const std::string suffix = "_width_" + std::to_string(width);
       rows.push_back(with(prefix + "initial" + suffix, [&](Case& c) {
         c.layout = layout;
@@ -146,7 +162,80 @@ std::vector<Case> star() {
         c.width = width;
         c.length = 83;
       }));
+      for (const bool open_end : {false, true}) {
+        rows.push_back(
+            with(prefix + "packed_initial" + (open_end ? "_open_end" : "") + suffix, [&](Case& c) {
+              c.layout = layout;
+              c.packed = true;
+              c.initial = true;
+              c.open_end = open_end;
+              c.batch = 5;  // one of which begins with padding
+              c.width = width;
+              c.length = 83;
+            }));
+      }
     }
+    for (const std::int64_t width : {4, 8}) {
+      const std::string suffix = "_width_" + std::to_string(width);
+      for (const std::int64_t length : {1, 2, 3, 5}) {
+        rows.push_back(with(
+            prefix + "packed_initial" + suffix + "_length_" + std::to_string(length), [&](Case& c) {
+              c.layout = layout;
+              c.packed = true;
+              c.initial = true;
+              c.open_end = true;
+              c.batch = 9;
+              c.width = width;
+              c.length = length;
+            }));
+      }
+      rows.push_back(with(prefix + "ordered_sums" + suffix, [&](Case& c) {
+        c.layout = layout;
+        c.ordered = true;
+        c.width = width;
+        c.batch = 5;
+        c.length = 700;
+      }));
+      rows.push_back(with(prefix + "ordered_sums_short" + suffix, [&](Case& c) {
+        c.layout = layout;
+        c.ordered = true;
+        c.bias = false;
+        c.width = width;
+        c.batch = 300;
+        c.length = 2;
+      }));
+      rows.push_back(with(prefix + "weight_transposed" + suffix, [&](Case& c) {
+        c.layout = layout;
+        c.weight_transposed = true;
+        c.weight = DType::bf16;
+        c.width = width;
+      }));
+    }
+    for (const std::int64_t length : {1, 2, 6, 7, 8, 600}) {
+      rows.push_back(
+          with(prefix + "initial_width_8_length_" + std::to_string(length), [&](Case& c) {
+            c.layout = layout;
+            c.initial = true;
+            c.width = 8;
+            c.length = length;
+            c.channels = 5;
+          }));
+    }
+    rows.push_back(with(prefix + "packed_initial_without_silu", [&](Case& c) {
+      c.layout = layout;
+      c.packed = true;
+      c.initial = true;
+      c.silu = false;
+    }));
+    rows.push_back(with(prefix + "packed_initial_width_8_across_tiles", [&](Case& c) {
+      c.layout = layout;
+      c.packed = true;
+      c.initial = true;
+      c.open_end = true;
+      c.width = 8;
+      c.length = 1100;
+      c.channels = 3;
+    }));
     rows.push_back(with(prefix + "initial_without_silu", [&](Case& c) {
       c.layout = layout;
       c.initial = true;
@@ -179,11 +268,16 @@ std::vector<Case> star() {
       c.layout = of_row;
       c.channels = 40;
     }));
-    rows.push_back(with(std::string("channel_last_initial_") + name, [&](Case& c) {
-      c.layout = of_row;
-      c.channels = 40;
-      c.initial = true;
-    }));
+    for (const std::int64_t width : {4, 6}) {
+      rows.push_back(
+          with(std::string("channel_last_initial_") + name + "_width_" + std::to_string(width),
+               [&](Case& c) {
+                 c.layout = of_row;
+                 c.channels = 40;
+                 c.initial = true;
+                 c.width = width;
+               }));
+    }
   }
   return rows;
 }
@@ -216,7 +310,7 @@ Shape shape_of(const Case& c, std::int64_t length, bool written = false) {
 
 // Sequences of many lengths, one of a single token, padding between and behind them; a number that
 // comes back later is another sequence as far as taps can see.
-Values packed_indices(std::int64_t batch, std::int64_t length) {
+Values packed_indices(std::int64_t batch, std::int64_t length, bool open_end) {
   Values indices;
   const int lengths[] = {1, 4, 2, 9, 3, 17, 1, 1, 30};
   for (std::int64_t b = 0; b < batch; ++b) {
@@ -229,7 +323,7 @@ Values packed_indices(std::int64_t batch, std::int64_t length) {
         index = i % 4 == 3 ? -1.0 - static_cast<double>(i % 3) : static_cast<double>(i % 5);
         ++i;
       }
-      indices.push_back(t + 5 >= length ? -1.0 : index);
+      indices.push_back(t + 5 >= length && !open_end ? -1.0 : index);
       --left;
     }
   }
@@ -257,7 +351,7 @@ Problem make(const Case& c, DType dtype, unsigned seed = 1) {
   const auto uniform = [&](DType type, const Shape& shape) {
     return Tensor::uniform(random, type, test::kCpu, shape, -1.5, 1.5);
   };
-  const DType weight_dtype = c.weight_alike || dtype == DType::f64 ? dtype : DType::f32;
+  const DType weight_dtype = dtype == DType::f64 ? dtype : c.weight;
   Problem p;
   p.row = c;
   p.dtype = dtype;
@@ -277,10 +371,12 @@ Problem make(const Case& c, DType dtype, unsigned seed = 1) {
   p.dout = uniform(dtype, dout);
   if (c.initial) {
     p.initial = uniform(dtype, shape_of(c, c.width - 1));
+  }
+  if (c.initial || c.packed) {
     p.dfinal = uniform(dtype, shape_of(c, c.width - 1));
   }
   if (c.packed) {
-    const Values indices = packed_indices(c.batch, c.length);
+    const Values indices = packed_indices(c.batch, c.length, c.open_end);
     p.seq_idx = Tensor::from_values(DType::i32, test::kCpu, {{c.batch, c.length}}, indices);
     for (Tensor* tensor : {&p.x, &p.dout}) {
       Values values = tensor->values();
@@ -293,6 +389,25 @@ Problem make(const Case& c, DType dtype, unsigned seed = 1) {
       }
       *tensor = Tensor::from_values(dtype, test::kCpu, tensor->shape(), values);
     }
+    // States that belong to no sequence: NaN as well.
+    Values initial = p.initial.values(), dfinal = p.dfinal.values();
+    const std::int64_t states = c.width - 1;
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(dfinal.size()); ++i) {
+      const std::int64_t row = i / (c.channels * states) * c.length;
+      const std::int64_t column = std::max<std::int64_t>(c.length - states + i % states, 0);
+      const double first = indices[static_cast<std::size_t>(row)];
+      const double last = indices[static_cast<std::size_t>(row + c.length - 1)];
+      if (c.initial && first < 0) {
+        initial[static_cast<std::size_t>(i)] = kNaN;
+      }
+      if (last < 0 || indices[static_cast<std::size_t>(row + column)] != last) {
+        dfinal[static_cast<std::size_t>(i)] = kNaN;
+      }
+    }
+    if (c.initial) {
+      p.initial = Tensor::from_values(dtype, test::kCpu, p.initial.shape(), initial);
+    }
+    p.dfinal = Tensor::from_values(dtype, test::kCpu, p.dfinal.shape(), dfinal);
   }
   return p;
 }
@@ -394,6 +509,11 @@ void run_backward(const Problem& p, Device device, const Kernels& kernels, Resul
   params.dweight = result.dweight.view();
   params.dbias = result.dbias.view();
   params.dinitial_states = result.dinitial.view();
+  Tensor workspace;
+  if (c.ordered) {
+    workspace = Tensor(DType::f32, device, {{workspace_rows(params.in), c.channels, c.width + 1}});
+    params.workspace = workspace.view();
+  }
   kernels.backward(params);
 }
 
@@ -478,7 +598,8 @@ class CausalConv1d : public testing::TestWithParam<Row> {
  protected:
   void SetUp() override {
     for (const std::string& reason :
-         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype)}) {
+         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype),
+          dtype_unavailable(GetParam().problem.weight)}) {
       if (!reason.empty()) {
         GTEST_SKIP() << reason;
       }
@@ -486,24 +607,13 @@ class CausalConv1d : public testing::TestWithParam<Row> {
   }
 };
 
-// NaN where there is padding, equal everywhere else.
-testing::AssertionResult same_columns(const Values& got, const Values& expected) {
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    if (got[i] != expected[i] && !(std::isnan(got[i]) && std::isnan(expected[i]))) {
-      return testing::AssertionFailure()
-             << "element " << i << " is " << got[i] << " instead of " << expected[i];
-    }
-  }
-  return testing::AssertionSuccess();
-}
-
 TEST_P(CausalConv1d, MatchesTheOracle) {
   const auto& [target, dtype, row] = GetParam();
   const Problem p = make(row, dtype);
   const Expected expected(p);
   const Result got = run(p, false, target.device, kernels_of(target));
   EXPECT_TRUE(all_close(got, expected, dtype));
-  EXPECT_TRUE(same_columns(got.final_states.values(), expected.truth.final_states.values()));
+  EXPECT_EQ(got.final_states.values(), expected.truth.final_states.values());
 }
 
 INSTANTIATE_TEST_SUITE_P(Star, CausalConv1d, testing::ValuesIn(rows()), row_name);
@@ -722,6 +832,105 @@ TEST_P(CausalConv1dTarget, EmptySizes) {
                                         DType::f32);
     result = run(nothing_at_all, false, device(), kernels);
     EXPECT_EQ(result.final_states.values(), Values(2 * 19 * 3, 0.0));
+
+    Problem packed = make(with("empty",
+                               [&](Case& c) {
+                                 c.layout = layout;
+                                 c.length = 0;
+                                 c.initial = true;
+                                 c.width = 6;
+                               }),
+                          DType::f32);
+    packed.seq_idx = Tensor(DType::i32, test::kCpu, {{packed.row.batch, 0}});
+    result = run(packed, false, device(), kernels);
+    EXPECT_EQ(result.final_states.values(), packed.initial.values());
+    EXPECT_EQ(result.dinitial.values(), packed.dfinal.values());
+    EXPECT_EQ(result.dweight.values(), Values(19 * 6, 0.0));
+
+    Problem ordered = empty_batch;
+    ordered.row.ordered = true;
+    result = run(ordered, false, device(), kernels);
+    EXPECT_EQ(result.dweight.values(), Values(19 * 4, 0.0));
+    EXPECT_EQ(result.dbias.values(), Values(19, 0.0));
+  }
+}
+
+// A packed row in pieces, each cut inside a sequence: what the states carry over is all that the
+// next piece needs.
+TEST_P(CausalConv1dTarget, PackedSplitWithCarriedStatesIsTheWhole) {
+  for (const Layout layout : {Layout::channel_first, Layout::channel_last}) {
+    for (const std::int64_t width : {4, 8}) {
+      Problem host = make(with("packed_split",
+                               [&](Case& c) {
+                                 c.layout = layout;
+                                 c.initial = true;
+                                 c.width = width;
+                                 c.length = 40;
+                               }),
+                          DType::f32);
+      Values indices;
+      for (int i = 0; i < 2 * 40; ++i) {
+        const int t = i % 40;
+        indices.push_back(t < 6 ? 0 : t < 20 ? 1 : t < 22 ? -1 : 2);
+      }
+      host.seq_idx = Tensor::from_values(DType::i32, test::kCpu, {{2, 40}}, indices);
+      const Problem p = host.to(false, device());
+      Result whole, parts;
+      run_forward(p, device(), kernels(), whole);
+      parts.out = Tensor(DType::f32, device(), whole.out.shape());
+      Tensor carried = p.initial;
+      std::int64_t begin = 0;
+      for (const std::int64_t end : {1, 3, 8, 9, 17, 25, 40}) {
+        ForwardParams params;
+        params.in = inputs_of(p);
+        params.out = parts.out.view();
+        for (TensorView* view : {&params.in.x, &params.out}) {
+          view->data = view->as<float>() + begin * view->stride[2];
+          view->size[2] = end - begin;
+        }
+        params.in.seq_idx.data = params.in.seq_idx.as<std::int32_t>() + begin;
+        params.in.seq_idx.size[1] = end - begin;
+        params.in.initial_states = carried.view();
+        const Tensor next(DType::f32, device(), carried.shape());
+        params.final_states = next.view();
+        kernels().forward(params);
+        carried = next;
+        begin = end;
+      }
+      EXPECT_EQ(carried.values(), whole.final_states.values());
+      const Values expected = whole.out.values();
+      const Values got = parts.out.values();
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        ASSERT_NEAR(got[i], expected[i], 1e-6) << i;
+      }
+    }
+  }
+}
+
+TEST_P(CausalConv1dTarget, OrderedSumsAreTheSameBitsInEveryRun) {
+  for (const Layout layout : {Layout::channel_first, Layout::channel_last}) {
+    for (const std::int64_t width : {4, 6}) {
+      const Problem p = make(with("ordered",
+                                  [&](Case& c) {
+                                    c.layout = layout;
+                                    c.width = width;
+                                    c.ordered = true;
+                                    c.batch = 37;
+                                    c.channels = 40;
+                                    c.length = 1300;
+                                  }),
+                             DType::f32)
+                            .to(false, device());
+      Result first;
+      run_backward(p, device(), kernels(), first);
+      for (int i = 0; i < 5; ++i) {
+        Result again;
+        run_backward(p, device(), kernels(), again);
+        EXPECT_EQ(again.dweight.bytes(), first.dweight.bytes());
+        EXPECT_EQ(again.dbias.bytes(), first.dbias.bytes());
+        EXPECT_EQ(again.dx.bytes(), first.dx.bytes());
+      }
+    }
   }
 }
 
@@ -762,7 +971,7 @@ struct DecodeCase {
   bool circular = false;
   bool gathered = false;      // rows of a pool, one of them padding
   bool channel_last = false;  // conv_state, and x of several tokens
-  bool weight_alike = false;
+  DType weight = DType::f32;
 };
 
 DecodeCase decode_with(const std::string& name, const std::function<void(DecodeCase&)>& change) {
@@ -786,8 +995,31 @@ std::vector<DecodeCase> decode_star() {
                     c.channels = 1;
                   }),
       decode_with("channel_last", [](DecodeCase& c) { c.channel_last = true; }),
-      decode_with("weight_alike", [](DecodeCase& c) { c.weight_alike = true; }),
+      decode_with("weight_f16", [](DecodeCase& c) { c.weight = DType::f16; }),
+      decode_with("weight_bf16", [](DecodeCase& c) { c.weight = DType::bf16; }),
+      decode_with("width_8_weight_bf16",
+                  [](DecodeCase& c) {
+                    c.width = 8;
+                    c.state_len = 7;
+                    c.weight = DType::bf16;
+                  }),
   };
+  for (const std::int64_t width : {5, 6, 7, 8}) {
+    for (const bool circular : {false, true}) {
+      for (const std::int64_t tokens : {1, 3, 20}) {  // of which a row of the buffer holds 11
+        rows.push_back(decode_with(std::string(circular ? "circular_gathered" : "linear") +
+                                       "_width_" + std::to_string(width) + "_tokens_" +
+                                       std::to_string(tokens),
+                                   [&](DecodeCase& c) {
+                                     c.circular = circular;
+                                     c.gathered = circular;
+                                     c.width = width;
+                                     c.tokens = tokens;
+                                     c.state_len = tokens == 1 ? width - 1 : 11;
+                                   }));
+      }
+    }
+  }
   for (const bool circular : {false, true}) {
     for (const bool gathered : {false, true}) {
       for (const std::int64_t tokens : {1, 2, 5, 9}) {
@@ -836,16 +1068,15 @@ DecodeProblem make(const DecodeCase& c, DType dtype) {
   };
   const std::int64_t entries = c.gathered ? 2 * c.batch + 1 : c.batch;
   const std::int64_t B = c.batch, D = c.channels, S = c.tokens, N = c.state_len;
-  const DType weight_dtype = c.weight_alike ? dtype : DType::f32;
   DecodeProblem p;
   p.row = c;
   p.dtype = dtype;
   p.x = uniform(dtype, c.channel_last ? Shape{{B, D, S}, {D * S, 1, D}} : Shape{{B, D, S}});
   p.state = uniform(dtype, c.channel_last ? Shape{{entries, D, N}, {(D + 4) * N, 1, D + 4}, 3}
                                           : Shape{{entries, D, N}});
-  p.weight = uniform(weight_dtype, {{D, c.width}});
+  p.weight = uniform(c.weight, {{D, c.width}});
   if (c.bias) {
-    p.bias = uniform(weight_dtype, {{D}});
+    p.bias = uniform(c.weight, {{D}});
   }
   if (c.circular) {
     Values seqlens;
@@ -911,7 +1142,8 @@ class CausalConv1dUpdate : public testing::TestWithParam<DecodeRow> {
  protected:
   void SetUp() override {
     for (const std::string& reason :
-         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype)}) {
+         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype),
+          dtype_unavailable(GetParam().problem.weight)}) {
       if (!reason.empty()) {
         GTEST_SKIP() << reason;
       }
@@ -1069,6 +1301,56 @@ TEST(CausalConv1dOracle, SeqIdxByHand) {
   EXPECT_EQ(dweight.values(), (Values{0, 1, 11}));
 }
 
+TEST(CausalConv1dOracle, SeqIdxWithStatesByHand) {
+  // Width 3, weights 100, 10, 1; columns 7 and 8 before sequences 0 0 | 1, of which they are the
+  // first.
+  const Tensor initial = tensor({1, 1, 2}, {7, 8});
+  const Tensor x = tensor({1, 1, 3}, {1, 2, 3});
+  const Tensor weight = tensor({1, 3}, {100, 10, 1});
+  const Tensor seq_idx = Tensor::from_values(DType::i32, test::kCpu, {{1, 3}}, {0, 0, 1});
+  const Tensor out(DType::f64, test::kCpu, {{1, 1, 3}});
+  const Tensor final_states(DType::f64, test::kCpu, {{1, 1, 2}});
+  ForwardParams params;
+  params.in.x = x.view();
+  params.in.weight = weight.view();
+  params.in.seq_idx = seq_idx.view();
+  params.in.initial_states = initial.view();
+  params.out = out.view();
+  params.final_states = final_states.view();
+  forward(params);
+  EXPECT_EQ(out.values(), (Values{781, 812, 3}));
+  EXPECT_EQ(final_states.values(), (Values{0, 3}));  // the next step of sequence 1 sees no 2
+
+  // dout = 1: column 7 is seen by output 0, column 8 by outputs 0 and 1.
+  const Tensor dout = tensor({1, 1, 3}, {1, 1, 1});
+  const Tensor dfinal = tensor({1, 1, 2}, {1000, 2000});
+  const Tensor dx(DType::f64, test::kCpu, {{1, 1, 3}});
+  const Tensor dinitial(DType::f64, test::kCpu, {{1, 1, 2}});
+  const Tensor dweight(DType::f64, test::kCpu, {{1, 3}});
+  BackwardParams gradients;
+  gradients.in = params.in;
+  gradients.dout = dout.view();
+  gradients.dfinal_states = dfinal.view();
+  gradients.dx = dx.view();
+  gradients.dweight = dweight.view();
+  gradients.dinitial_states = dinitial.view();
+  backward(gradients);
+  EXPECT_EQ(dx.values(), (Values{11, 1, 2001}));
+  EXPECT_EQ(dinitial.values(), (Values{100, 110}));
+  EXPECT_EQ(dweight.values(), (Values{15, 9, 6}));
+
+  // One step of sequence 0: of the columns before it the newer one stays.
+  params.in.x.size[2] = params.in.seq_idx.size[1] = params.out.size[2] = 1;
+  forward(params);
+  EXPECT_EQ(final_states.values(), (Values{8, 1}));
+
+  // Behind padding nothing is left.
+  const Tensor padding = Tensor::from_values(DType::i32, test::kCpu, {{1, 1}}, {-1});
+  params.in.seq_idx = padding.view();
+  forward(params);
+  EXPECT_EQ(final_states.values(), (Values{0, 0}));
+}
+
 TEST(CausalConv1dOracle, UpdateByHand) {
   const Tensor weight = tensor({1, 2}, {10, 1});
   const Tensor out(DType::f64, test::kCpu, {{1, 1, 2}});
@@ -1105,7 +1387,7 @@ double objective(const Problem& p) {
   }
   const Values final_states = result.final_states.values(), dfinal = p.dfinal.values();
   for (std::size_t i = 0; i < dfinal.size(); ++i) {
-    sum += final_states[i] * dfinal[i];
+    sum += final_states[i] == 0 ? 0 : final_states[i] * dfinal[i];
   }
   return sum;
 }
@@ -1125,6 +1407,21 @@ TEST(CausalConv1dOracle, BackwardIsTheFiniteDifference) {
            [](Case& c) {
              c.packed = true;
              c.length = 30;
+           }),
+      with("packed_with_states",
+           [](Case& c) {
+             c.packed = true;
+             c.open_end = true;
+             c.initial = true;
+             c.length = 30;
+           }),
+      with("packed_with_states_longer_than_the_sequence",
+           [](Case& c) {
+             c.packed = true;
+             c.open_end = true;
+             c.initial = true;
+             c.width = 7;
+             c.length = 5;
            }),
   };
   for (Case c : cases) {
@@ -1186,7 +1483,7 @@ TEST(CausalConv1dPlan, EveryElementHasAThread) {
               const cuda::Config& config =
                   forward_row ? cuda::kForwardConfigs[i] : cuda::kBackwardConfigs[i];
               const cuda::Plan plan = forward_row ? cuda::choose_forward(in, device, i)
-                                                  : cuda::choose_backward(in, device, i);
+                                                  : cuda::choose_backward(in, device, false, i);
               const bool along_time = config.axis == cuda::Axis::time;
               const std::int64_t items = config.items(size_of(dtype));
               const std::int64_t channel_blocks = plan.blocks / plan.segments;
@@ -1210,6 +1507,32 @@ TEST(CausalConv1dPlan, EveryElementHasAThread) {
   }
 }
 
+// Ordered sums must not cost more memory than the tensors.
+TEST(CausalConv1dPlan, TheWorkspaceIsSmallerThanX) {
+  const mamba_native::cuda::DeviceInfo device{132, 9, 0, 232448};
+  for (const bool last : {false, true}) {
+    for (const std::int64_t W : {2, 4, 8}) {
+      for (const std::int64_t B : {1, 3, 200, 70000}) {
+        for (const std::int64_t D : {8, 5120}) {
+          for (const std::int64_t L : {0, 1, 5, 60, 129, 2048, 1000000}) {
+            Inputs in;
+            in.x = TensorView(nullptr, DType::bf16, {B, D, L});
+            in.weight = TensorView(nullptr, DType::bf16, {D, W});
+            if (last) {
+              in.x.stride[1] = 1;
+              in.x.stride[2] = D;
+            }
+            const cuda::Plan plan = cuda::choose_backward(in, device, true);
+            const std::int64_t rows = plan.segments * plan.batches;
+            ASSERT_GE(rows, 1);
+            ASSERT_TRUE(rows == 1 || rows * (W + 1) * 4 <= B * L * 2) << B << " " << D << " " << L;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(CausalConv1dPlan, LayoutAndAlignmentChooseTheRow) {
   const mamba_native::cuda::DeviceInfo device{132, 9, 0, 232448};
   Inputs in;
@@ -1224,8 +1547,11 @@ TEST(CausalConv1dPlan, LayoutAndAlignmentChooseTheRow) {
   const cuda::Config narrow = cuda::kForwardConfigs[cuda::choose_forward(in, device).config];
   EXPECT_EQ(narrow.axis, cuda::Axis::channels);
   EXPECT_EQ(narrow.items_of_4_bytes, 2);
-  EXPECT_EQ(cuda::kBackwardConfigs[cuda::choose_backward(in, device).config].axis,
+  EXPECT_EQ(cuda::kBackwardConfigs[cuda::choose_backward(in, device, false).config].axis,
             cuda::Axis::channels);
+  in.weight.size[1] = 5;
+  EXPECT_TRUE(cuda::kForwardConfigs[cuda::choose_forward(in, device).config].any_width);
+  EXPECT_TRUE(cuda::kBackwardConfigs[cuda::choose_backward(in, device, false).config].any_width);
   EXPECT_THROW(cuda::choose_forward(in, device, cuda::kForwardConfigCount), Error);
 }
 
@@ -1244,7 +1570,8 @@ TEST(CausalConv1dPlan, EveryRowIsRightForEveryLayoutOnCuda) {
                                   [&](Case& c) {
                                     c.layout = layout;
                                     c.packed = packed;
-                                    c.initial = !packed;
+                                    c.initial = true;
+                                    c.open_end = true;
                                     c.channels = 72;
                                     c.length = 333;
                                   }),
@@ -1259,7 +1586,8 @@ TEST(CausalConv1dPlan, EveryRowIsRightForEveryLayoutOnCuda) {
               cuda::forward<float>(params, cuda::choose_forward(params.in, device, forward_row));
             },
             [&](const BackwardParams& params) {
-              cuda::backward<float>(params, cuda::choose_backward(params.in, device, backward_row));
+              cuda::backward<float>(params,
+                                    cuda::choose_backward(params.in, device, false, backward_row));
             },
             kPublic.update};
         EXPECT_TRUE(all_close(run(p, false, test::kCuda, kernels), expected, DType::f32))
@@ -1304,14 +1632,13 @@ TEST(CausalConv1d, RefusesWhatItCannotDo) {
   } cases[] = {
       {"x must have shape", [](ForwardParams& q) { q.in.x.dim = 2; }},
       {"x must be float32", [](ForwardParams& q) { q.in.x.dtype = DType::i32; }},
-      {"width between 2 and 4", [](ForwardParams& q) { q.in.weight.size[1] = 5; }},
-      {"width between 2 and 4", [](ForwardParams& q) { q.in.weight.size[1] = 1; }},
+      {"width between 2 and 8", [](ForwardParams& q) { q.in.weight.size[1] = 9; }},
+      {"width between 2 and 8", [](ForwardParams& q) { q.in.weight.size[1] = 1; }},
       {"weight must have shape", [](ForwardParams& q) { q.in.weight.size[0] = 18; }},
       {"weight must be float64 exactly", [](ForwardParams& q) { q.in.weight.dtype = DType::f64; }},
       {"weight must be on cpu", [](ForwardParams& q) { q.in.weight.device = test::kCuda; }},
       {"bias must have shape", [](ForwardParams& q) { q.in.bias.size[0] = 1; }},
       {"bias must be float32", [](ForwardParams& q) { q.in.bias.dtype = DType::bf16; }},
-      {"seq_idx and initial_states", [&](ForwardParams& q) { q.in.seq_idx = seq_idx.view(); }},
       {"seq_idx must be int32",
        [&](ForwardParams& q) {
          q.in.seq_idx = seq_idx.view();
@@ -1366,6 +1693,10 @@ TEST(CausalConv1d, BackwardRefusesWhatItCannotDo) {
       {"dfinal_states must have shape", [](BackwardParams& q) { q.dfinal_states.size[2] = 1; }},
       {"dinitial_states must be given exactly",
        [](BackwardParams& q) { q.dinitial_states = TensorView(); }},
+      {"workspace must have shape",
+       [](BackwardParams& q) { q.workspace = TensorView(nullptr, DType::f32, {3, 19, 5}); }},
+      {"workspace must be float32",
+       [](BackwardParams& q) { q.workspace = TensorView(nullptr, DType::f64, {0, 19, 5}); }},
   };
   for (const auto& bad : cases) {
     BackwardParams params = good;

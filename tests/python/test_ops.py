@@ -205,6 +205,7 @@ SAMPLES = {
     "causal_conv1d_backward": [
         _conv_backward,
         _without(_conv_backward, "bias", "initial_states", "dfinal_states"),
+        lambda device: _conv_backward(device) | {"deterministic": True},
     ],
     "causal_conv1d_update": [
         _conv_update,
@@ -265,6 +266,10 @@ def _wider(t):
     return torch.cat([t, t], dim=-1)
 
 
+def _nine_wide(t):
+    return t.new_ones(t.shape[0], 9)
+
+
 def _taller(t):
     return torch.cat([t, t])
 
@@ -313,19 +318,19 @@ BAD = {
     },
     "causal_conv1d_forward": {
         "x": [_flat, _integer, _complex],
-        "weight": [_flat, _wider, _integer],
+        "weight": [_flat, _nine_wide, _integer],
         "bias": [_wider, _half],
         "initial_states": [_wider, _half],
     },
     "causal_conv1d_backward": {
         "dout": [_wider, _half],
         "dfinal_states": [_wider, _half],
-        "weight": [_flat, _wider],
+        "weight": [_flat, _nine_wide],
     },
     "causal_conv1d_update": {
         "x": [_flat, _integer],
         "conv_state": [_flat, _half, _overlapping],
-        "weight": [_flat, _wider],
+        "weight": [_flat, _nine_wide],
         "bias": [_wider],
         "cache_seqlens": [_wider, _half],
         "conv_state_indices": [_wider, _half],

@@ -3,6 +3,7 @@
 import torch
 
 from mamba_ssm.native.loader import operation
+from mamba_ssm.utils.determinism import use_deterministic_mode
 
 
 def _time_major(like, batch, dim, length):
@@ -26,7 +27,9 @@ def _forward_fake(x, weight, bias, seq_idx, initial_states, return_final_states,
     return _layout_of(x), final_states
 
 
-def _backward_fake(dout, dfinal_states, x, weight, bias, seq_idx, initial_states, silu):
+def _backward_fake(
+    dout, dfinal_states, x, weight, bias, seq_idx, initial_states, silu, deterministic=False
+):
     dinitial_states = x.new_empty(0)
     if initial_states is not None:
         dinitial_states = _time_major(x, *initial_states.shape)
@@ -61,7 +64,15 @@ def backward(ctx, dout, dfinal_states=None):
     if not ctx.has_final_states:
         dfinal_states = None  # compiled graphs pass a gradient of the empty tensor
     dx, dweight, dbias, dinitial_states = causal_conv1d_backward(
-        dout, dfinal_states, x, weight, bias, seq_idx, initial_states, ctx.silu
+        dout,
+        dfinal_states,
+        x,
+        weight,
+        bias,
+        seq_idx,
+        initial_states,
+        ctx.silu,
+        use_deterministic_mode(),
     )
     dbias = None if bias is None else dbias
     dinitial_states = None if initial_states is None else dinitial_states
