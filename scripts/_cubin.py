@@ -4,7 +4,15 @@ import re
 import struct
 
 _MAX_THREADS = 0x05  # the attribute of .nv.info that __launch_bounds__ leaves
-_BUILTIN_TYPES = {"f": "f32", "d": "f64", "b": "bool", "i": "int", "j": "uint", "t": "ushort", "l": "i64"}
+_BUILTIN_TYPES = {
+    "f": "f32",
+    "d": "f64",
+    "b": "bool",
+    "i": "int",
+    "j": "uint",
+    "t": "ushort",
+    "l": "i64",
+}
 _CLASS_TYPES = {"__half": "f16", "Half": "f16", "__nv_bfloat16": "bf16", "BFloat16": "bf16"}
 
 

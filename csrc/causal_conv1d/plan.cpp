@@ -38,8 +38,10 @@ int choose_row(const Config (&configs)[COUNT], const Inputs& in, int forced) {
     MAMBA_CHECK(forced < COUNT, "causal_conv1d: there is no kernel ", forced, " of ", COUNT);
     return forced;
   }
-  const bool any_width = in.weight.size[1] > kWidestOwnKernel;
-  const Axis axis = any_width || is_channel_last(in.x) ? Axis::channels : Axis::time;
+  const std::int64_t width = in.weight.size[1];
+  const bool along_time = width <= kWidestOwnKernel && !is_channel_last(in.x);
+  const Axis axis = along_time ? Axis::time : Axis::channels;
+  const bool any_width = !along_time && width != kWidestOwnKernel;
   int first = -1;
   for (int i = 0; i < COUNT; ++i) {
     if (configs[i].axis != axis || configs[i].any_width != any_width) {

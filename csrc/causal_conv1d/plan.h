@@ -17,7 +17,7 @@ namespace cuda {
 // What a thread's vectors lie along.
 enum class Axis { time, channels };
 
-// The widths up to this one have kernels of their own.
+// Mamba's width. It has kernels of its own, and so have the widths below it along time.
 inline constexpr int kWidestOwnKernel = 4;
 
 // One row = one kernel per direction, width and dtype: a thread moves that many consecutive
@@ -36,8 +36,8 @@ struct Config {
 inline constexpr Config kForwardConfigs[] = {
     {Axis::time, 16, 8},
     {Axis::channels, 4, 4},
-    {Axis::channels, 4, 2},  // float32 whose rows are aligned to no more than 8 bytes
-    {Axis::channels, 2, 1, true},
+    {Axis::channels, 4, 2},        // float32 whose rows are aligned to no more than 8 bytes
+    {Axis::channels, 2, 1, true},  // widths 2 and 3 along channels, and all above 4
 };
 inline constexpr int kForwardConfigCount =
     static_cast<int>(sizeof(kForwardConfigs) / sizeof(kForwardConfigs[0]));

@@ -100,7 +100,9 @@ struct DeviceInputs {
 
 // Of the kernel that `config` has for a weight's width.
 constexpr int kernel_width(const Config& config, std::int64_t width) {
-  return config.any_width ? kMaxWidth : static_cast<int>(width);
+  return config.any_width                ? kMaxWidth
+         : config.axis == Axis::channels ? kWidestOwnKernel
+                                         : static_cast<int>(width);
 }
 
 template <class T>

@@ -587,7 +587,8 @@ void backward(const BackwardParams& params) {
     launch_ordered(RowSegment<T>{row, ordered, problem}, ordered, problem, kBackwardConfigs[row]);
     return;
   }
-  const TensorView sums[kCleared] = {params.dA, params.dB, params.dC, params.dD, params.ddelta_bias};
+  const TensorView sums[kCleared] = {params.dA, params.dB, params.dC, params.dD,
+                                     params.ddelta_bias};
   clear(sums, params.stream);
   Parts none;
   none.last_tile = count(problem.tiles());

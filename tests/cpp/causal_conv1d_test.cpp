@@ -1537,7 +1537,11 @@ TEST(CausalConv1dPlan, LayoutAndAlignmentChooseTheRow) {
   const mamba_native::cuda::DeviceInfo device{132, 9, 0, 232448};
   Inputs in;
   in.x = TensorView(nullptr, DType::f32, {2, 64, 128});
-  EXPECT_EQ(cuda::kForwardConfigs[cuda::choose_forward(in, device).config].axis, cuda::Axis::time);
+  for (const std::int64_t width : {2, 3, 4}) {
+    in.weight = TensorView(nullptr, DType::f32, {64, width});
+    EXPECT_EQ(cuda::kForwardConfigs[cuda::choose_forward(in, device).config].axis,
+              cuda::Axis::time);
+  }
   in.x.stride[1] = 1;
   in.x.stride[2] = 64;
   const cuda::Config wide = cuda::kForwardConfigs[cuda::choose_forward(in, device).config];
@@ -1549,9 +1553,11 @@ TEST(CausalConv1dPlan, LayoutAndAlignmentChooseTheRow) {
   EXPECT_EQ(narrow.items_of_4_bytes, 2);
   EXPECT_EQ(cuda::kBackwardConfigs[cuda::choose_backward(in, device, false).config].axis,
             cuda::Axis::channels);
-  in.weight.size[1] = 5;
-  EXPECT_TRUE(cuda::kForwardConfigs[cuda::choose_forward(in, device).config].any_width);
-  EXPECT_TRUE(cuda::kBackwardConfigs[cuda::choose_backward(in, device, false).config].any_width);
+  for (const std::int64_t width : {2, 3, 5, 8}) {
+    in.weight.size[1] = width;
+    EXPECT_TRUE(cuda::kForwardConfigs[cuda::choose_forward(in, device).config].any_width);
+    EXPECT_TRUE(cuda::kBackwardConfigs[cuda::choose_backward(in, device, false).config].any_width);
+  }
   EXPECT_THROW(cuda::choose_forward(in, device, cuda::kForwardConfigCount), Error);
 }
 
