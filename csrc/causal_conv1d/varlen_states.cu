@@ -70,7 +70,7 @@ void launch(const VarlenStatesParams& params) {
   MAMBA_CHECK(blocks <= 0x7fffffff, "causal_conv1d_varlen_states: too many channels: ", p.channels);
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(columns < kMaxGridY ? columns : kMaxGridY));
-  varlen_states_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(params.stream)>>>(p);
+  varlen_states_kernel<Bits><<<grid, kThreads, 0, static_cast<cudaStream_t>(params.stream)>>>(p);
   MAMBA_CUDA_CHECK_LAUNCH();
 }
 
