@@ -16,7 +16,9 @@ from causal_conv1d.causal_conv1d_varlen import (
     causal_conv1d_varlen_states_ref,
 )
 from compare import DTYPES, FORWARD_SLACK, assert_close, convert, judge
+from mamba_ssm.native import causal_conv1d as native
 from mamba_ssm.native import ops
+from mamba_ssm.utils.determinism import set_deterministic_mode
 
 
 def problem(
@@ -63,6 +65,10 @@ ROWS = {
     "length 1134": {"length": 1134},
     "width 2": {"width": 2},
     "width 3": {"width": 3},
+    "width 5": {"width": 5},
+    "width 8": {"width": 8},
+    "channel last, width 6": {"layout": "channel last", "width": 6, "initial": True},
+    "width 7, initial states outlive a short sequence": {"width": 7, "initial": True, "length": 4},
     "no bias": {"bias": False},
     "one channel": {"dim": 1},
     "channels fill no vector": {"dim": 13},
@@ -146,20 +152,22 @@ def test_packed_sequences(device, padding, layout, width, dtype):
 
 
 @pytest.mark.parametrize("route", ["eager", "registered"])
-@pytest.mark.parametrize("row", ["initial states", "packed", "no bias"])
+@pytest.mark.parametrize("row", ["initial states", "packed", "packed, initial states", "no bias"])
 @pytest.mark.parametrize("silu", [False, True])
 def test_gradcheck(route, row, silu):
     tensors = problem(
-        dtype=torch.float64, dim=3, length=6, bias=row != "no bias", initial=row == "initial states"
+        dtype=torch.float64, dim=3, length=6, bias=row != "no bias", initial="initial" in row
     )
     seq_idx = (
-        torch.tensor([[0, 0, 1, 2, 2, -1]] * 2, dtype=torch.int32) if row == "packed" else None
+        torch.tensor([[0, 0, 1, 2, 2, -1], [0, 0, 0, 1, 2, 2]], dtype=torch.int32)
+        if "packed" in row
+        else None
     )
     names = [name for name, tensor in tensors.items() if tensor is not None]
 
     def function(*values):
         x, weight, bias, initial = (tensors | dict(zip(names, values, strict=True))).values()
-        final = row != "packed"
+        final = "initial" in row
         if route == "eager":
             activation = "silu" if silu else None
             return causal_conv1d_fn(x, weight, bias, seq_idx, initial, final, activation=activation)
@@ -233,14 +241,83 @@ def test_other_activations_are_refused():
         causal_conv1d_update(tensors["x"], tensors["x"], tensors["weight"], activation="gelu")
 
 
-def test_seq_idx_excludes_states():
-    tensors = problem(length=8, initial=True)
-    seq_idx = torch.zeros(2, 8, dtype=torch.int32)
-    with pytest.raises(AssertionError, match="initial_states"):
-        causal_conv1d_fn(**tensors, seq_idx=seq_idx)
-    tensors["initial_states"] = None
-    with pytest.raises(AssertionError, match="return_final_states"):
-        causal_conv1d_fn(**tensors, seq_idx=seq_idx, return_final_states=True)
+@pytest.mark.parametrize("layout", ["slice", "channel last"])
+@pytest.mark.parametrize("width", [2, 4, 7])
+def test_packed_sequences_carry_states(device, layout, width):
+    """A packed row cut inside its sequences is the whole one, and so are the gradients."""
+    tensors = problem(device, length=60, width=width, layout=layout, initial=True)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    seq_idx = packed(2, 60, 0, device)
+    weights = torch.randn(2, 64, 60, device=device)
+    results = []
+    for cuts in ([0, 60], [0, 5, 6, 15, 40, 60]):
+        states, parts = leaves["initial_states"], []
+        for begin, end in pairwise(cuts):
+            part = leaves | {"x": leaves["x"][..., begin:end], "initial_states": states}
+            options = {"seq_idx": seq_idx[:, begin:end], "activation": "silu"}
+            out, states = causal_conv1d_fn(**part, **options, return_final_states=True)
+            parts.append(out)
+        out = torch.cat(parts, -1)
+        gradients = torch.autograd.grad((out * weights).sum(), list(leaves.values()))
+        results.append((out, states, *gradients))
+    for whole, cut in zip(*results, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_initial_states_are_of_the_first_sequence(device):
+    tensors = problem(device, length=9, initial=True)
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2]] * 2, dtype=torch.int32, device=device)
+    options = {"return_final_states": True, "activation": "silu"}
+    out, final = causal_conv1d_fn(**tensors, seq_idx=seq_idx, **options)
+    x, initial = tensors["x"], tensors.pop("initial_states")
+    for begin, end in ((0, 2), (2, 5), (5, 9)):
+        before = initial if begin == 0 else None
+        part = causal_conv1d_fn(
+            **tensors | {"x": x[..., begin:end]}, initial_states=before, **options
+        )
+        torch.testing.assert_close(out[..., begin:end], part[0])
+    assert torch.equal(final, x[..., -3:])
+    seq_idx[:, -1] = 3
+    _, final = causal_conv1d_fn(**tensors, seq_idx=seq_idx, **options)
+    assert torch.equal(final[..., -1], x[..., -1]) and not final[..., :-1].any()
+
+
+@pytest.fixture
+def deterministic():
+    set_deterministic_mode(True)
+    yield
+    set_deterministic_mode(None)
+
+
+@pytest.mark.parametrize("layout", ["slice", "channel last"])
+@pytest.mark.parametrize("width", [4, 6])
+def test_deterministic_mode_repeats_its_bits(device, deterministic, layout, width):
+    tensors = problem(device, torch.bfloat16, batch=5, length=1500, width=width, layout=layout)
+    leaves = [tensors[name].detach().requires_grad_() for name in ("x", "weight", "bias")]
+    dout = torch.randn_like(leaves[0])
+
+    def gradients():
+        out = causal_conv1d_fn(*leaves, activation="silu")
+        return torch.autograd.grad(out, leaves, dout)
+
+    first = gradients()
+    for _ in range(100 if device == "cuda" else 2):
+        assert all(map(torch.equal, gradients(), first))
+
+
+def test_deterministic_mode_reaches_the_operation(monkeypatch, deterministic):
+    flags = []
+
+    def spy(*args):
+        flags.append(args[-1])
+        return ops.causal_conv1d_backward(*args)
+
+    monkeypatch.setattr(native, "causal_conv1d_backward", spy)
+    tensors = problem(length=5)
+    for value in (True, False):
+        set_deterministic_mode(value)
+        causal_conv1d_fn(tensors["x"].requires_grad_(), tensors["weight"]).sum().backward()
+    assert flags == [True, False]
 
 
 def test_compiles_to_one_graph(device):
@@ -272,6 +349,8 @@ DECODE_ROWS = {
     "base": {},
     "width 2": {"width": 2},
     "width 3": {"width": 3},
+    "width 5": {"width": 5},
+    "width 8": {"width": 8},
     "smallest state": {"state_len": 3},
     "several tokens": {"tokens": 5},
     "more tokens than state": {"tokens": 9, "state_len": 4},

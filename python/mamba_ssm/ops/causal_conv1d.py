@@ -71,13 +71,14 @@ def causal_conv1d_fn(
 ):
     """out[b,d,l] = act(bias[d] + sum_w weight[d,w] x[b,d,l-(W-1-w)]), zeros (or initial_states) before x.
 
-    x: (B, D, L), channels or time contiguous; weight: (D, W), W of 2, 3, 4; bias: (D), weight's dtype.
+    x: (B, D, L), channels or time contiguous; weight: (D, W), W from 2 to 8; bias: (D), weight's dtype.
     x and weight: float32, float16, bfloat16 in any pair (float64 on the CPU, both). out: x's dtype and layout.
-    seq_idx: (B, L) int32 or int64; taps across sequences count as 0, a negative index gives 0. Not with states.
-    initial_states: (B, D, W-1), x's dtype: the inputs before x.
+    seq_idx: (B, L) int32 or int64; taps across sequences count as 0, a negative index gives 0.
+    initial_states: (B, D, W-1), x's dtype: the inputs before x; with seq_idx, of the sequence of position 0.
     activation: None, "silu" or "swish".
     Returns out, or with return_final_states (out, final_states): (B, D, W-1), the last W-1 inputs, written to
-    final_states_out (any strides) where given. Everything but seq_idx is differentiable.
+    final_states_out (any strides) where given; with seq_idx, inputs of other sequences than the last position's are 0
+    there. Everything but seq_idx is differentiable.
     NotImplementedError for another activation; TypeError or RuntimeError names an argument that does not fit, and
     nothing is changed then.
     """
@@ -88,8 +89,6 @@ def causal_conv1d_fn(
     if initial_states is not None:
         check_tensor(op, "initial_states", initial_states, "batch, dim, width - 1")
     if seq_idx is not None:
-        assert initial_states is None, "initial_states must be None if seq_idx is not None"
-        assert not return_final_states, "return_final_states must be False if seq_idx is not None"
         seq_idx = to_int32(op, "seq_idx", seq_idx).contiguous()
     return_final_states = bool(return_final_states)
     if return_final_states and final_states_out is not None:
