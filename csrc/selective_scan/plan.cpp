@@ -199,16 +199,19 @@ int choose_backward(const Problem& problem, const DeviceInfo& device, int forced
     }
     return forced;
   }
-  // Rows are sorted by scope, the narrowest first, and then go from many channels per CTA to one;
-  // take the next if it holds the whole group.
+  // Rows are sorted by scope, the narrowest first, and then go from many channels per CTA to one.
+  // The next one is taken if it holds the whole group, or where a row does not fit.
   int row = 0;
   while (!has(kBackwardConfigs[row].scope, problem)) {
     ++row;
   }
-  while (row + 1 < kBackwardConfigCount &&
-         kBackwardConfigs[row + 1].scope == kBackwardConfigs[row].scope &&
-         (problem.channels_per_group() <= kBackwardConfigs[row + 1].warps ||
-          refusal(kBackwardConfigs[row], problem, device) != nullptr)) {
+  while (row + 1 < kBackwardConfigCount) {
+    const BackwardConfig& next = kBackwardConfigs[row + 1];
+    const bool too_wide =
+        next.scope == kBackwardConfigs[row].scope && problem.channels_per_group() <= next.warps;
+    if (!too_wide && refusal(kBackwardConfigs[row], problem, device) == nullptr) {
+      break;
+    }
     ++row;
   }
   const char* reason = refusal(kBackwardConfigs[row], problem, device);
