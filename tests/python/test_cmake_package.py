@@ -62,7 +62,7 @@ def test_a_program_without_torch_scans_on_the_gpu(program):
 
 @pytest.fixture(scope="module")
 def libtorch_program(tmp_path_factory):
-    if shutil.which("cmake") is None:
+    if not shutil.which("cmake") or not shutil.which("cl" if os.name == "nt" else "c++"):
         pytest.skip("needs CMake and a C++ compiler")
     if torch.version.cuda is not None and shutil.which("nvcc") is None:
         pytest.skip("find_package(Torch) of a torch with CUDA needs the CUDA toolkit")
