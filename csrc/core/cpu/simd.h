@@ -53,12 +53,12 @@ MAMBA_ALWAYS_INLINE Vec<Arch> silu(Vec<Arch> x) {
   return x * sigmoid<Arch>(x);
 }
 
-// log(1 + exp(x)) up to 20, x itself above; NaN stays NaN.
+// log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), whose second term errs by less than the sum is
+// rounded by. From 20 on it is x itself, as everywhere; NaN stays NaN.
 template <class Arch>
 MAMBA_ALWAYS_INLINE Vec<Arch> softplus(Vec<Arch> x) {
   using V = Vec<Arch>;
-  const V soft = xsimd::log1p(xsimd::exp(xsimd::min(x, V(20.0f))));
-  return xsimd::select(x <= V(20.0f), soft, x);
+  return xsimd::max(x, V(0.0f)) + xsimd::log1p(xsimd::exp(-xsimd::abs(x)));
 }
 
 // kLanes consecutive 16-bit patterns, widened to 32 bits, and the low halves of 32 bits stored
