@@ -551,14 +551,18 @@ def _leaves(code, opening, closing, tree):
     """Whether a body returns, throws, ends the program or never ends."""
     i = opening + 1
     inner = {first: end for first, _, end in code.lambdas}
+
+    def begins(i):
+        return code.text(i - 1) in (";", "{", "}", ")", ":", "else")
+
     while i < closing:
         text = code.text(i)
         if i in inner:
             i = inner[i]
         elif code.kind(i) == "word" and (text in tree.leaving or "unreachable" in text.lower()):
             return True
-        elif is_macro_name(text) and text not in tree.macros:
-            return True  # a macro from elsewhere: it may
+        elif is_macro_name(text) and text not in tree.macros and begins(i):
+            return True  # a macro from elsewhere as a statement: it may
         elif text == "while" and code.text(i + 1) == "(":
             if code.inside(i + 1) in (["true"], ["1"]):
                 return True

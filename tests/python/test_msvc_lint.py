@@ -350,6 +350,9 @@ SAMPLES = {
           T inclusive = values[0];
           for (int i = 1; i < n; ++i) inclusive = inclusive + values[i];
         }
+        template <int LENGTH, class T> T scan(T (&values)[LENGTH]) {  // <-
+          for (int i = LENGTH - 1; i > 0; --i) values[i - 1] = values[i - 1] + values[i];
+        }
         struct P {
           virtual const int& size() const noexcept {}  // <-
           auto data() -> float* {}  // <-

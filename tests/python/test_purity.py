@@ -123,7 +123,9 @@ def test_python_needs_neither_triton_nor_einops():
 
 def test_sources_are_ascii():
     paths = [
-        p for p in files("csrc", "python", "tests", "scripts", ".ci", ".github") if p.suffix in TEXT
+        p
+        for p in files("csrc", "python", "tests", "scripts", "patches", ".ci", ".github")
+        if p.suffix in TEXT
     ]
     paths += [path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT]
 
