@@ -16,7 +16,7 @@ BOM = b"\xef\xbb\xbf"
 BLOBS = "blobs.toml"  # beside the topics: which release has which file
 TOLD = ("title", "reason", "affects", "until")
 EDIT_KEYS = {"projects", "files", "optional", "anchor", "replace", "top", "count", "blobs", "lint"}
-EDIT_KEYS |= {"place", "insert", "applied", "needs", "trace"}
+EDIT_KEYS |= {"place", "insert", "applied", "needs", "trace", "since", "before"}
 
 
 def _top(text):
@@ -87,7 +87,7 @@ class Edit:
     """An anchor that is replaced wherever it stands, or a text that is inserted in one place."""
 
     topic: str
-    projects: tuple  # of project_of()
+    projects: tuple  # of upstream_of()
     files: tuple  # glob patterns below the tree
     anchor: re.Pattern | None = None  # is replaced
     replace: str = ""  # with \1 for the anchor's groups; or
@@ -100,6 +100,8 @@ class Edit:
     blobs: dict = field(default_factory=dict)  # the number in a release's own file
     lint: str = ""  # msvc_lint's rule for what is replaced, or
     trace: re.Pattern | None = None  # a looser pattern of it
+    since: tuple = ()  # the versions that are known to have it: none before this,
+    before: tuple = (float("inf"),)  # and none from this on
     optional: bool = False  # the file is not in every version
 
 
@@ -159,10 +161,17 @@ def _topic(path):
                     given[key] = re.compile(given[key], re.MULTILINE | re.ASCII)
                 except re.error as error:
                     raise PatchError(f"{path.name}: {key}: {error}") from None
+        given |= {key: numbers(given[key]) for key in ("since", "before") if key in given}
         given |= {"topic": path.stem, "count": tuple(counts)}
         given |= {key: tuple(given[key]) for key in ("projects", "files")}
         edits.append(Edit(**given))
     return Topic(path.stem, edits=tuple(edits), **{key: data[key].strip() for key in TOLD})
+
+
+def numbers(version):
+    """(2, 2, 6) of 2.2.6.post3; () where it does not begin with a number."""
+    begin = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, begin[0].split("."))) if begin else ()
 
 
 def blob_of(content):
@@ -205,9 +214,11 @@ class Outcome:
 
 class Plan:
     """What the topics make of a tree. `contents` stands in for files on disk: {name: bytes};
-    `original` gives the bytes of a name as it came, None where that is what is there."""
+    `upstream` is what upstream_of() told, `original` gives the bytes of a name as it came, None
+    where that is what is there."""
 
-    def __init__(self, root, project, topics, blobs, original, contents=None):
+    def __init__(self, root, upstream, topics, blobs, original, contents=None):
+        project, self.version = upstream
         self.root, self.blobs, self.original = root, blobs, original
         self.before, self.came, self.texts = dict(contents or {}), {}, {}
         self.outcomes = []
@@ -252,7 +263,9 @@ class Plan:
 
     def _left(self, edit, name):
         """[(line, what)] of the construct in a shape that the anchor is not."""
-        text = self.texts[name]
+        version, text = numbers(self.version), self.texts[name]
+        if version and not edit.since <= version < edit.before:
+            return []
         if edit.trace:
             found = ((match.start(), match[0]) for match in edit.trace.finditer(text.text))
             return [(text.text.count("\n", 0, at) + 1, what) for at, what in found]
@@ -318,7 +331,7 @@ class Plan:
         )
 
 
-def project_of(root):
+def upstream_of(root):
     """mamba or causal-conv1d, and the version that the tree says of itself."""
     if not root.is_dir():
         raise PatchError(f"{root} is no folder")

@@ -185,14 +185,14 @@ def run(options):
         show_topics(topics)
         return 0
     root = options.tree.resolve()
-    project, version = patches.project_of(root)
+    upstream = patches.upstream_of(root)
     originals = Git(root) if options.git else Copies(root)
 
     def plan(contents=None):
         def original(name):
             return originals.original(name) or (now.before.get(name) if contents else None)
 
-        return Plan(root, project, topics, blobs, original, contents)
+        return Plan(root, upstream, topics, blobs, original, contents)
 
     now = plan()
     if options.reverse:
@@ -201,7 +201,7 @@ def run(options):
     if options.diff:
         show_diff(now)
         return 0
-    print(f"{project} {version} in {root}", flush=True)
+    print(f"{' '.join(upstream)} in {root}", flush=True)
     if plan(now.before | now.changes).changes:
         raise PatchError("a second run would not say that all is there: not patched")
     report(topics, now)

@@ -292,6 +292,19 @@ def test_other_numbers_and_shapes_are_refused(
     refused(root, patch, name, *words)
 
 
+@pytest.mark.parametrize(("version", "status"), [("1.2.2", 2), ("1.5.2", 0), ("of my own", 2)])
+def test_other_shapes_are_refused_in_the_versions_that_have_the_construct(
+    tmp_path, patch, version, status
+):
+    """In others it is no part of what was promised."""
+    root = upstream_tree.tree(tmp_path, "causal-conv1d", "1.5.2")
+    edit(root, "causal_conv1d/__init__.py", "1.5.2", version)
+    edit(root, "csrc/causal_conv1d_fwd.cu", "    (void) params;", "    Ktraits::BlockLoadT{smem};")
+    found, _, complaint = patch(root, "--check")
+    assert (2 if "missing-typename: csrc/causal_conv1d_fwd.cu" in complaint else 0) == status
+    assert found == (status or 1)
+
+
 def test_a_missing_file_is_refused(tmp_path, patch):
     root = upstream_tree.tree(tmp_path, "mamba", "2.3.0")
     (root / BACKWARD).unlink()
