@@ -26,7 +26,9 @@ def without_torch(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["demo", "--help"], ["bench", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], *([name, "--help"] for name in cli.COMMANDS)]
+)
 def test_help_needs_no_torch(arguments):
     result = without_torch(*arguments)
     assert result.returncode == 0, result.stderr

@@ -3,11 +3,11 @@
 import argparse
 
 from mamba_ssm._version import __version__
-from mamba_ssm.cli import bench, demo
+from mamba_ssm.cli import bench, demo, verify
 from mamba_ssm.cli.errors import UsageError
 from mamba_ssm.native.loader import NativeError
 
-COMMANDS = {"demo": demo, "bench": bench}
+COMMANDS = {"demo": demo, "verify": verify, "bench": bench}
 
 DESCRIPTION = """\
 Mamba's selective state spaces as native kernels for CPU and CUDA, without Triton.
@@ -15,6 +15,7 @@ Mamba's selective state spaces as native kernels for CPU and CUDA, without Trito
 start here:
   python -m mamba_ssm demo                  train a small language model on this CPU (3 minutes)
   python -m mamba_ssm demo --device cuda    the same on the GPU
+  python -m mamba_ssm verify                do the layers compute what they should, here? (20 s)
   python -m mamba_ssm bench --device cuda   how fast the kernels are, and how fast they could be
   python -m mamba_ssm COMMAND --help        what a command does and what it can be told
 """
