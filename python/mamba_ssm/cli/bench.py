@@ -8,6 +8,11 @@ steps, backward 128), and on CUDA the time of upstream's kernels on an H200 with
 CPU: one core unless --threads; every instruction set of this machine and a plain scalar loop are
 timed, and the ratios between them printed.
 CUDA: medians of 20 replays of a CUDA graph over inputs that no cache holds.
+
+--lengths: instead of the table, the time of Mamba(d_model=512) forward on one sequence against its
+length, beside the PyTorch formula and, where they are installed, transformers without kernels and
+mambapy, all with the same weights and checked to give the same output. Leaves in --out: lengths.md,
+lengths.json, and with matplotlib lengths.png and lengths.svg.
 """
 
 import json
@@ -19,7 +24,7 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from mamba_ssm.cli import bench_cases
+from mamba_ssm.cli import bench_cases, bench_lengths
 from mamba_ssm.cli.bench_cases import UPSTREAM, UPSTREAM_MACHINE
 from mamba_ssm.cli.errors import UsageError
 
@@ -49,6 +54,7 @@ def add_arguments(parser):
     parser.add_argument("--isa", choices=ISAS, help="CPU: only this one (default: all of them)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    bench_lengths.add_arguments(parser)
 
 
 def choose_cases(options):
@@ -161,6 +167,8 @@ def run(options):
     if unknown:
         known = ", ".join(OPERATIONS)
         raise UsageError(f"no such operation: {', '.join(unknown)}; there are {known}")
+    if options.lengths is not None:
+        bench_lengths.check(options)
     if options.isa:
         os.environ["MAMBA_CPU_ISA"] = options.isa  # before the library is loaded
     import torch
@@ -172,6 +180,8 @@ def run(options):
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
+        if options.lengths is not None:
+            return bench_lengths.run(options)
         document = measure_all(options, cuda)
     finally:
         torch.set_num_threads(threads)

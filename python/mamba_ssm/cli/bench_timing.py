@@ -18,6 +18,7 @@ REPEATS = 20  # timings whose median counts
 CPU_SECONDS = 2.0  # a CPU case stops at MINIMUM_REPEATS when it has taken that long
 MINIMUM_REPEATS = 5
 REFERENCE_REPEATS = 3
+LAYER_SECONDS = 1.0
 GRAPH_LAUNCHES = 20  # of a small operation in one CUDA graph
 
 
@@ -151,15 +152,19 @@ def reference_call(case, device):
     return lambda: torch.autograd.grad(out, list(inputs.values()), dout, retain_graph=True)
 
 
+def _clock(call):
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
+
+
 def time_cpu(call, repeats=REPEATS):
     """Median seconds; the inputs stay in whatever cache holds them."""
     call()
     times = []
     started = time.perf_counter()
     while len(times) < repeats:
-        before = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - before)
+        times.append(_clock(call))
         if len(times) >= MINIMUM_REPEATS and time.perf_counter() - started > CPU_SECONDS:
             break
     return statistics.median(times)
@@ -217,6 +222,20 @@ def time_reference(case, device):
             return time_cpu(call, REFERENCE_REPEATS)
         call()
         return _time_events(call, REFERENCE_REPEATS)
+
+
+def time_layer(call, device):
+    """Median seconds of a layer launched from Python: as many calls as fit into LAYER_SECONDS, after one unheard."""
+
+    def finished():
+        call()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+
+    repeats = min(REPEATS, max(1, int(LAYER_SECONDS / _clock(finished))))
+    if torch.device(device).type == "cuda":
+        return _time_events(call, repeats)
+    return statistics.median(_clock(call) for _ in range(repeats))
 
 
 def machine(device):

@@ -117,12 +117,12 @@ def train(training, checkpoint):
 
 def draw_curve(training, baseline, folder):
     """Writes curve.png and curve.svg. Returns False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    from mamba_ssm.cli import figures
+
+    drawing = figures.new_figure()
+    if drawing is None:
         return False
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = drawing
     steps = range(1, len(training.losses) + 1)
     axes.plot(steps, training.losses, lw=0.8, alpha=0.6, label="training rows")
     axes.plot(*zip(*training.held_out, strict=True), "o-", label="held-out text")
@@ -137,15 +137,14 @@ def draw_curve(training, baseline, folder):
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"curve.{suffix}", dpi=150)
+    figures.save(figure, folder, "curve")
     return True
 
 
 def run(options):
     import torch
 
-    from mamba_ssm.cli import device
+    from mamba_ssm.cli import device, figures
     from mamba_ssm.cli.witten_bell import WittenBell
 
     device.use(options.device)
@@ -187,7 +186,7 @@ def run(options):
         f"\nheld-out bits per byte: Mamba {bits:.3f}, order 2 with Witten-Bell {baseline:.3f}\n"
         f"training took {training.seconds:.0f} s\n"
         f"in {options.out}: sample.txt, result.json, checkpoint.pt"
-        + (", curve.png, curve.svg" if drawn else "; no curve: pip install matplotlib draws it")
+        + (", curve.png, curve.svg" if drawn else f"; no curve: {figures.NO_MATPLOTLIB}")
     )
     print("\nthe model writes:\n" + sample.decode("ascii", "replace").replace("\ufffd", "?"))
     if bits >= baseline:
