@@ -133,11 +133,11 @@ def test_a_folder_without_upstream_is_one_sentence(tmp_path, capsys):
     assert "no folder mamba_ssm" in capsys.readouterr().err
 
 
-def test_expected_by_hand():
-    assert bench_lengths.expected([], 4) is None
-    assert bench_lengths.expected([[4, 0.5]], 16) == 2.0
-    assert bench_lengths.expected([[2, 0.5], [4, 2.0]], 8) == pytest.approx(8.0)  # quadratic
-    assert bench_lengths.expected([[2, 1.0], [4, 0.5]], 8) == 1.0  # no faster than proportional
+def test_times_are_expected_in_proportion_to_the_length():
+    contender = contenders.Contender("formula", None, 0)
+    assert bench_lengths.why_not(contender, [[2, 9.0], [4, 0.5]], 16, "cpu", 2.0) is None
+    why = bench_lengths.why_not(contender, [[2, 9.0], [4, 0.5]], 20, "cpu", 2.0)
+    assert why == "about 2 s expected, the limit is 2 s"
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """`bench --lengths`: time of a layer against the length of its sequence, as tables and a picture."""
 
 import json
-import math
 import sys
 from datetime import date
 from functools import partial
@@ -51,18 +50,6 @@ def check(options):
         raise UsageError(f"--lengths must be positive, got {min(options.lengths)}")
 
 
-def expected(points, length):
-    """Seconds at a length, from shorter ones: at least proportional to it. None without any."""
-    if not points:
-        return None
-    *_, (last, seconds) = points
-    growth = 1.0
-    if len(points) > 1:
-        (before, earlier), _ = points[-2:]
-        growth = max(1.0, math.log(seconds / earlier) / math.log(last / before))
-    return seconds * (length / last) ** growth
-
-
 def sweep(contender, lengths, hidden_of, device, limit, report):
     """{"name", "points": [[length, seconds], ...], "stopped": why the next length was left out, or None}."""
     import torch
@@ -90,9 +77,11 @@ def why_not(contender, points, length, device, limit):
     """Why a length is too long for the contender, None if it is not."""
     from mamba_ssm.cli import machine
 
-    seconds = expected(points, length)
-    if seconds is not None and seconds > limit:
-        return f"about {seconds:.0f} s expected, the limit is {limit:g} s"
+    if points:
+        last, seconds = points[-1]
+        expected = seconds * length / last
+        if expected > limit:
+            return f"about {expected:.0f} s expected, the limit is {limit:g} s"
     states = 4 * contender.states * length * 2 * D_MODEL * D_STATE
     free = machine.free_memory(device)
     if states > free:
@@ -150,7 +139,7 @@ def to_markdown(document):
         f"# {document['what']}: time against length",
         "",
         f"{document['date']}; {machine.in_a_line(document['machine'])}.",
-        "Milliseconds of a call, in brackets how many times ours.",
+        "Milliseconds of the shortest call, in brackets how many times ours.",
         "",
         "| length | " + " | ".join(result["name"] for result in results) + " |",
         "|---" * (len(results) + 1) + "|",

@@ -80,10 +80,8 @@ def _formula(layer):
 
 
 def _with_weights_of(layer, module):
-    weight = layer.in_proj.weight
-    module = module.to(weight.device, weight.dtype).eval()
-    module.load_state_dict(layer.state_dict())
-    return module
+    module.load_state_dict(layer.state_dict(), assign=True)  # with their devices and dtypes
+    return module.eval()
 
 
 def _transformers(layer):
