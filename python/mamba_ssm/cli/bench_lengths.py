@@ -33,7 +33,7 @@ def add_arguments(parser):
         "--upstream",
         type=Path,
         metavar="FOLDER",
-        help="CUDA: measure the mamba_ssm in FOLDER too, of pip install --target FOLDER mamba-ssm",
+        help="measure the mamba_ssm in FOLDER too (pip install --no-deps --target FOLDER mamba-ssm)",
     )
 
 
