@@ -1,16 +1,28 @@
 """Finds Visual C++ and loads what its developer prompt sets: so the scripts work in any prompt."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+
+def _toolchain():
+    """The package's module, by its path: the package itself may be another one, or missing."""
+    path = Path(__file__).parents[1] / "python" / "mamba_ssm" / "cli" / "doctor" / "toolchain.py"
+    spec = importlib.util.spec_from_file_location("toolchain", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolchain = _toolchain()
+run = toolchain.run
+Installation = toolchain.Installation
+
 WORKLOAD = 'the workload "Desktop development with C++"'
-TOOLS = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
 V143 = "14.44"  # the compiler that preset x64-release-v143 names
 V143_TOOLS = "Microsoft.VisualStudio.Component.VC.14.44.17.14.x86.x64"
 ADD_V143 = (
@@ -18,23 +30,6 @@ ADD_V143 = (
     f"Studio Installer (Modify > Individual components; its id is {V143_TOOLS})"
 )
 MARK = "environment: "
-
-
-@dataclass
-class Installation:
-    name: str
-    folder: Path
-    default: str  # the toolset that a prompt gets, as 14.50
-    toolsets: list  # every one, newest first
-
-
-def run(command):
-    """(status, output) of a command; nothing else here starts a process."""
-    try:
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except OSError as error:
-        return 1, str(error)
-    return result.returncode, result.stdout.decode("utf-8", errors="replace")
 
 
 def check_python():
@@ -55,46 +50,13 @@ def check_python():
         )
 
 
-def _numbers(version):
-    return [int(part) for part in re.findall(r"\d+", version)]
-
-
-def _toolset(version):
-    """14.44.35207 -> 14.44"""
-    return ".".join(version.strip().split(".")[:2])
-
-
-def _msc_ver(toolset):
-    """14.44 is compiler 19.44, whose _MSC_VER is 1944."""
-    return 1900 + _numbers(toolset)[1]
-
-
-def _installation(row):
-    folder = Path(row["installationPath"])
-    names = [path.name for path in (folder / "VC" / "Tools" / "MSVC").glob("*.*")]
-    toolsets = list(dict.fromkeys(map(_toolset, sorted(names, key=_numbers, reverse=True))))
-    default = folder / "VC" / "Auxiliary" / "Build" / "Microsoft.VCToolsVersion.default.txt"
-    if default.is_file():
-        toolset = _toolset(default.read_text(encoding="utf-8"))
-    else:
-        toolset = toolsets[0] if toolsets else ""
-    return Installation(row.get("displayName", folder.name), folder, toolset, toolsets)
-
-
 def installations():
     """Every Visual Studio with C++ tools, newest first."""
-    programs = os.environ.get("ProgramFiles(x86)", r"C:\Program Files (x86)")
-    vswhere = Path(programs, "Microsoft Visual Studio", "Installer", "vswhere.exe")
-    query = ["-format", "json", "-utf8", "-products", "*", "-requires", TOOLS]
-    status, output = run([str(vswhere), *query])
-    rows = json.loads(output) if status == 0 else []
-    rows.sort(key=lambda row: _numbers(row["installationVersion"]), reverse=True)
-    found = [installation for installation in map(_installation, rows) if installation.default]
+    found, said = toolchain.installations(run)
     if not found:
-        said = f" ({vswhere}: {output.strip()})" if status else ""
         sys.exit(
-            f"No Visual C++ found{said}. Install Visual Studio 2022 or newer, or its Build Tools, "
-            f"with {WORKLOAD}."
+            f"No Visual C++ found{said and f' ({said})'}. Install Visual Studio 2022 or newer, or its "
+            f"Build Tools, with {WORKLOAD}."
         )
     return found
 
@@ -107,23 +69,8 @@ def find_nvcc(preset):
         minors = (re.fullmatch(r"CUDA_PATH_V12_(\d+)", name) for name in os.environ)
         newest = max((int(minor[1]) for minor in minors if minor), default=None)
         folder = os.environ.get(f"CUDA_PATH_V12_{newest}")
-    else:
-        nvcc = shutil.which("nvcc")
-        if nvcc:
-            return nvcc
-        folder = os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=os.path.join(folder, "bin")) if folder else None
-
-
-def accepted_by(nvcc):
-    """The range of _MSC_VER that this CUDA takes; without CUDA, or a word in its header, all."""
-    header = nvcc and Path(nvcc).parent.parent / "include" / "crt" / "host_config.h"
-    if header and header.is_file():
-        text = header.read_text(encoding="utf-8", errors="replace")
-        bounds = re.search(r"#if _MSC_VER < (\d+) \|\| _MSC_VER >= (\d+)", text)
-        if bounds:
-            return range(int(bounds[1]), int(bounds[2]))
-    return range(10000)
+        return shutil.which("nvcc", path=os.path.join(folder, "bin")) if folder else None
+    return toolchain.find_nvcc("CUDA_PATH")
 
 
 def choose(found, preset, nvcc):
@@ -134,13 +81,13 @@ def choose(found, preset, nvcc):
             if V143 in installation.toolsets:
                 return installation, V143
         sys.exit(f"Preset {preset} wants compiler {V143}; found {have}. To install it, {ADD_V143}.")
-    accepted = accepted_by(nvcc)
+    accepted = toolchain.accepted_msc(toolchain.host_config(nvcc, run) if nvcc else "")
     for installation in found:
-        if _msc_ver(installation.default) in accepted:
+        if toolchain.msc_ver(installation.default) in accepted:
             return installation, installation.default
     for installation in found:
         for toolset in installation.toolsets:
-            if _msc_ver(toolset) in accepted:
+            if toolchain.msc_ver(toolset) in accepted:
                 return installation, toolset
     sys.exit(
         f"The CUDA of {nvcc} takes compilers from 14.{accepted.start - 1900} to below "
@@ -186,7 +133,7 @@ def environment(env, preset=""):
         )
     if target:
         version = env.get("VCTOOLSVERSION", "")
-        if preset.endswith("-v143") and _toolset(version) != V143:
+        if preset.endswith("-v143") and toolchain.toolset_of(version) != V143:
             sys.exit(
                 f"Preset {preset} wants compiler {V143}, and this prompt has {version}. Run this "
                 "in a plain PowerShell, where it loads that compiler."

@@ -1,4 +1,5 @@
-# From what people write to what CMake wants. Needs no project: the tests run it in cmake -P.
+# From what people write to what CMake wants. Needs no project: the tests run it in cmake -P. python/mamba_ssm/cli/doctor
+# tells users what their list comes to; tests compare the two.
 
 set(MAMBA_OLDEST_ARCHITECTURE 75)
 set(_mamba_name_wheel 75 80 86 89 90 100 120)

@@ -30,9 +30,12 @@ std::string native_info() {
 #if MAMBA_WITH_BF16
   dtypes += ", \"bfloat16\"";
 #endif
-  return text("{\"version\": \"", MAMBA_VERSION, "\", \"cuda\": ", toolkit,
-              ", \"architectures\": [", architectures, "], \"cpu_isa\": \"",
-              cpu::name(cpu::current_isa()), "\", \"dtypes\": [", dtypes, "]}");
+  constexpr std::uint64_t kTarget = TORCH_TARGET_VERSION;
+  const std::string torch_abi = text(kTarget >> 56, ".", (kTarget >> 48) & 0xff);
+  return text("{\"version\": \"", MAMBA_VERSION, "\", \"torch_abi\": \"", torch_abi,
+              "\", \"cuda\": ", toolkit, ", \"architectures\": [", architectures,
+              "], \"cpu_isa\": \"", cpu::name(cpu::current_isa()), "\", \"dtypes\": [", dtypes,
+              "]}");
 }
 
 }  // namespace

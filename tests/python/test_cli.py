@@ -71,7 +71,7 @@ def test_unknown_operation_lists_the_known(capsys):
     ("name", "said"),
     [("toaster", "toaster"), ("meta", "cpu and cuda"), ("cuda:99", "--device cuda:99: t")],
 )
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", ["demo", "bench"])
 def test_unusable_device_is_one_sentence(command, name, said, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--device", name])

@@ -257,6 +257,7 @@ def test_opcheck(device, name, index):
 def test_native_info():
     info = json.loads(ops.native_info())
     assert info["version"] == __version__
+    assert info["torch_abi"] == "2.10"
     assert info["cpu_isa"] in ("sse2", "avx2", "avx512")
     assert {"float32", "float64"} <= set(info["dtypes"])
 

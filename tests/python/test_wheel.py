@@ -50,7 +50,8 @@ def files(project):
 
 def test_every_source_file_and_no_other(project, files):
     package = ROOT / "python" / project
-    expected = {path for path in package.rglob("*.py") if "__pycache__" not in path.parts}
+    expected = {path for path in package.rglob("*.*") if path.suffix in {".py", ".toml"}}
+    expected.discard(package / "pyproject.toml")
     expected.add(ROOT / "python" / MODULES[project])
     expected = {
         path.relative_to(ROOT / "python").as_posix(): path.read_bytes() for path in expected

@@ -3,11 +3,11 @@
 import argparse
 
 from mamba_ssm._version import __version__
-from mamba_ssm.cli import bench, demo, verify
+from mamba_ssm.cli import bench, demo, doctor, verify
 from mamba_ssm.cli.errors import UsageError
 from mamba_ssm.native.loader import NativeError
 
-COMMANDS = {"demo": demo, "verify": verify, "bench": bench}
+COMMANDS = {"demo": demo, "verify": verify, "bench": bench, "doctor": doctor}
 
 DESCRIPTION = """\
 Mamba's selective state spaces as native kernels for CPU and CUDA, without Triton.
@@ -18,6 +18,7 @@ start here:
   python -m mamba_ssm verify                do the layers compute what they should, here?
   python -m mamba_ssm bench --device cuda   how fast the kernels are, and how fast they could be
   python -m mamba_ssm bench --lengths       the layer against its length, with a picture
+  python -m mamba_ssm doctor                something does not work? what is wrong here, and the cure
   python -m mamba_ssm COMMAND --help        what a command does and what it can be told
 """
 
