@@ -23,6 +23,7 @@ APT = "g++-mingw-w64-x86-64-posix wine64 ninja-build libgtest-dev"
 PYTHON = (3, 11)
 LAUNCHER = bootstrap.ROOT / "tests" / "windows" / "python.cpp"
 TORCH_FLOOR = "2.10.0"  # the oldest torch that the wheel promises to run on
+TORCH_BELOW = "2.9.1"  # one that is too old, for the command that says so
 
 # It carries python311.dll and the standard library's extension modules, for its own packager.
 PANDA3D = "panda3d==1.10.16"

@@ -86,6 +86,7 @@ def test_windows(options):
         bootstrap.install_build_tools(python)
         libraries = wine.torch(python, bootstrap.TORCH)
         wine.torch(python, wine.TORCH_FLOOR)
+        below = wine.torch(python, wine.TORCH_BELOW)
         wine.python_base(python)
         env = bootstrap.build_environment(python)
     folder = bootstrap.ROOT / "build" / WINDOWS_PRESET
@@ -98,6 +99,7 @@ def test_windows(options):
         return 0
     failed = 0
     env["MAMBA_TEST_OPS"] = wine.windows_path(folder / "tests" / "mamba_test_ops.dll")
+    env["MAMBA_TEST_OLD_TORCH"] = wine.windows_path(below)
     with wine.environment(env) as env:
         with bootstrap.leg("C++ tests"):
             failed |= ctest(env, WINDOWS_PRESET)

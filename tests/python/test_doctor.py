@@ -164,6 +164,16 @@ def test_an_old_torch(examined, tmp_path):
     assert 'pip install --upgrade "torch>=2.10"' in rows["torch"]["cure"]
 
 
+OLD_TORCH = os.environ.get("MAMBA_TEST_OLD_TORCH")
+
+
+@pytest.mark.skipif(not OLD_TORCH, reason="MAMBA_TEST_OLD_TORCH: test.py --windows brings one")
+def test_a_real_old_torch(examined):
+    status, rows = examined(first=[OLD_TORCH])
+    assert status == 1 and rows["torch"]["verdict"] == "problem"
+    assert OLD_TORCH in rows["torch"]["found"] and "--upgrade" in rows["torch"]["cure"]
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [

@@ -129,6 +129,7 @@ CASES = {
     ),
     "GPU out of reach": ({"devices": NO_GPU}, "GPU", "problem", "No CUDA GPUs are available"),
     "no GPU": ({"devices": NO_GPU, "driver": {"gpus": []}}, "GPU", "note", "the CPU works"),
+    "ROCm": ({"torch": {"cuda": None, "hip": "7.0"}}, "GPU", "note", "AMD's GPUs"),
     "GPU below sm_75": (
         {"devices": {"gpus": [{"name": "V100", "capability": [7, 0], "memory": 1}]}},
         *("kernels", "problem", "V100 is sm_70"),
@@ -255,8 +256,20 @@ CASES = {
 def test_one_fact_changed(name):
     changes, check, verdict, words = CASES[name]
     row = verdicts(changed(MACHINE, changes))[check]
-    assert row.verdict == verdict, row
+    assert row.verdict == verdict and row.found != checks.UNEXAMINED, row
     assert words in f"{row.found} {row.cause} {row.cure}"
+
+
+@pytest.mark.parametrize(
+    "topic", ["torch", "driver", "libraries", "packages", "build", "python", "library"]
+)
+def test_a_topic_that_could_not_be_collected(topic):
+    """Its rows say so or do without; the others are those of the whole machine."""
+    whole = verdicts(MACHINE)
+    rows = verdicts({**MACHINE, topic: {"error": "OSError: strange"}})
+    assert any(row.verdict in ("warning", "problem") for row in rows.values())
+    untouched = [check for check, row in rows.items() if row == whole.get(check)]
+    assert len(untouched) >= 6
 
 
 @pytest.mark.parametrize("stages", [0, 1, 2])

@@ -212,6 +212,7 @@ def test_an_unknown_error_before_a_known_one_is_shown(machine, capsys):
         ("all well\nValueError: new trouble\n", "line 2:\n  ValueError: new trouble"),
         ("all well", "no line looks like an error"),
         ("", "no line looks like an error"),
+        ("mistyped.log", "no file of that name"),
     ],
 )
 def test_nothing_known(machine, capsys, text, said):

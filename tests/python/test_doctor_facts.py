@@ -147,6 +147,29 @@ def test_a_header_that_says_nothing():
     assert toolchain.accepted_gcc("") is None and 1999 in toolchain.accepted_msc("")
 
 
+def test_what_cannot_be_collected_is_an_error_of_its_own():
+    assert facts.tried(lambda: {}["x"]) == {"error": "KeyError: 'x'"}
+    assert facts.tried(lambda a: a, 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "g++"),
+        ({"CXX": "g++-13"}, "g++-13"),
+        ({"CXX": "/opt/bin/x86_64-linux-gnu-g++", "CUDAHOSTCXX": "g++-12.3"}, "g++-12.3"),
+        ({"CXX": "clang++"}, "g++"),
+        ({"CXX": "ccache g++ -m64"}, "g++"),
+    ],
+)
+def test_which_gcc(monkeypatch, variables, expected):
+    for name in ("CXX", "CUDAHOSTCXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    assert facts._gcc() == expected
+
+
 def test_memory():
     memory = facts._memory()
     assert 2**28 < memory["available"] <= memory["total"] < 2**45

@@ -64,6 +64,8 @@ def _explain(options):
             )
         else:
             report.write("Nothing in it is known here, and no line looks like an error.")
+            if text == source:
+                report.write("There is no file of that name, so it was read as the text itself.")
         return 1
     machine = facts.collect()
     rows = checks.rows(machine) + build_checks.rows(machine)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mamba_ssm.cli.doctor import fatbin
 
 OLDEST_GPU = (7, 5)
+UNEXAMINED = "could not be examined"
 VERDICTS = ("ok", "note", "warning", "problem")
 BACK = "pip uninstall -y {names}, then install this project's wheel again: pip install --force-reinstall --no-deps WHEEL"
 
@@ -80,6 +81,9 @@ def torch(facts):
 def gpu(facts):
     """Whether torch reaches the GPU that the driver knows."""
     driver, torch_facts, devices = facts["driver"], facts["torch"], facts.get("devices", {})
+    if torch_facts.get("hip"):
+        cause = "this torch is for AMD's GPUs; the kernels are for NVIDIA's and for the CPU"
+        return Row("GPU", "note", "not used", cause, "device='cpu'")
     seen = devices.get("gpus") or []
     known = seen or driver["gpus"]
     names = ", ".join(f"{one['name']} ({capability(one['capability'])})" for one in known)
@@ -130,9 +134,9 @@ def library(facts):
             cure = "install one wheel, whole; unset MAMBA_NATIVE_LIBRARY if it is set"
             return Row("native library", "problem", found, cause, cure)
         return Row("native library", "ok", found)
-    if "error" in facts["torch"]:
+    if torch(facts).verdict == "problem":
         if there:
-            return Row("native library", "note", files, "not loaded: it needs torch, see above")
+            return Row("native library", "note", files, "not loaded: torch comes first, see above")
         cause, cure = "its file is missing", "install the wheel of mamba_ssm for this platform"
         return Row("native library", "problem", files, cause, cure)
     cause, _, cure = error.removeprefix("NativeError: ").partition(" To do: ")
@@ -270,4 +274,14 @@ CHECKS = (
 
 
 def rows(facts, checks=CHECKS):
-    return [row for row in (check(facts) for check in checks) if row]
+    return [row for row in (_row(check, facts) for check in checks) if row]
+
+
+def _row(check, facts):
+    """A check that stumbles over a machine that nobody thought of must not hide the other rows."""
+    try:
+        return check(facts)
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        cure = "report it with what `python -m mamba_ssm doctor --json` prints"
+        return Row(check.__name__, "warning", UNEXAMINED, cause, cure)

@@ -34,14 +34,22 @@ def collect():
         "package": {"version": __version__, "folder": str(package)},
         "system": _system(),
         "python": _python(),
-        **probe.ask(),
+        **tried(probe.ask),
         "minimum_torch": ".".join(map(str, loader.MINIMUM_TORCH)),
-        "driver": _driver(),
-        "libraries": _libraries(package / "native"),
-        "packages": packages.collect(package),
+        "driver": tried(_driver),
+        "libraries": tried(_libraries, package / "native"),
+        "packages": tried(packages.collect, package),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "build": _build(),
+        "build": tried(_build),
     }
+
+
+def tried(collect, *arguments):
+    """What it collects, or {"error"}: a machine that nobody thought of must not hide the other facts."""
+    try:
+        return collect(*arguments)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _system():
@@ -112,7 +120,6 @@ def _build():
     """What those need who compile; a wheel's users need none of it."""
     windows = sys.platform == "win32"
     found, said = toolchain.installations() if windows else ([], "")
-    compiler = os.environ.get("CXX", "g++")
     cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = toolchain.find_nvcc("CUDA_HOME", "CUDA_PATH")
     return {
@@ -121,7 +128,7 @@ def _build():
             {"name": one.name, "folder": str(one.folder), "toolsets": one.toolsets} for one in found
         ],
         "vswhere": said,
-        "gcc": None if windows else _tool(compiler, r"(\d+\.\d+\.\d+)", "-dumpfullversion"),
+        "gcc": None if windows else _tool(_gcc(), r"(\d+\.\d+\.\d+)", "-dumpfullversion"),
         "cuda_home": cuda_home if cuda_home and Path(cuda_home).is_dir() else None,
         "nvcc": nvcc and _nvcc(nvcc),
         "cmake": _tool("cmake", r"(\d+\.\d+[.\d]*)", "--version"),
@@ -129,6 +136,12 @@ def _build():
         "memory": _memory(),
         "cpus": os.cpu_count(),
     }
+
+
+def _gcc():
+    """The g++ that a build would take: the variables may name clang++, or a command with arguments."""
+    named = [os.environ.get(name, "") for name in ("CUDAHOSTCXX", "CXX")]
+    return next((name for name in named if re.search(r"(^|[/-])g\+\+(-[\d.]+)?$", name)), "g++")
 
 
 def _nvcc(nvcc):

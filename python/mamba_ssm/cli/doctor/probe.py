@@ -77,7 +77,7 @@ def _torch():
 def _devices():
     import torch
 
-    if not torch.cuda.is_available():
+    if getattr(torch.version, "hip", None) or not torch.cuda.is_available():
         reason = None
         if torch.version.cuda is not None:
             try:

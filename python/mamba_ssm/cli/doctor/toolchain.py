@@ -12,15 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOOLS = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
+SECONDS = 180  # more than a developer prompt needs to load; nvidia-smi hangs where the driver does
 
 
 def run(command):
     """(status, output) of a command; nothing else here starts a process."""
     try:
         result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=SECONDS,
         )
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         return 1, str(error)
     return result.returncode, result.stdout.decode("utf-8", errors="replace")
 
