@@ -11,7 +11,10 @@ from mamba_ssm.cli.doctor import fatbin
 OLDEST_GPU = (7, 5)
 UNEXAMINED = "could not be examined"
 VERDICTS = ("ok", "note", "warning", "problem")
-BACK = "pip uninstall -y {names}, then install this project's wheel again: pip install --force-reinstall --no-deps WHEEL"
+BACK = (
+    "pip uninstall -y {names}, then install this project's wheel again: "
+    "pip install --force-reinstall --no-deps WHEEL"
+)
 
 
 @dataclass
@@ -67,7 +70,10 @@ def torch(facts):
         return Row("torch", "problem", "not installed", "every operation runs inside torch", cure)
     if "error" in one:
         cause = f"import torch failed: {one['error']}"
-        again = f'pip install --force-reinstall "torch>={wanted}"; python -m mamba_ssm doctor --explain takes the message'
+        again = (
+            f'pip install --force-reinstall "torch>={wanted}"; '
+            "python -m mamba_ssm doctor --explain takes the message"
+        )
         return Row("torch", "problem", "broken", cause, again)
     built = f"for CUDA {one['cuda']}" if one["cuda"] else "without CUDA"
     built = f"for ROCm {one['hip']}" if one["hip"] else built
@@ -92,7 +98,10 @@ def gpu(facts):
         why = devices.get("reason") or driver["error"] or "the driver lists none"
         cause = "torch is built for CUDA, and there is no GPU: " + why
         if torch_facts.get("cuda"):
-            cure = "the CPU works: device='cpu'. In a container: docker run --gpus all; in WSL2: the driver of Windows, none inside"
+            cure = (
+                "the CPU works: device='cpu'. In a container: docker run --gpus all; "
+                "in WSL2: the driver of Windows, none inside"
+            )
             return Row("GPU", "note", "none", cause, cure)
         return Row("GPU", "ok", "none; every operation runs on the CPU")
     if seen:
@@ -102,7 +111,10 @@ def gpu(facts):
         return Row("GPU", "note", found, "torch cannot be asked, see above")
     if torch_facts["cuda"] is None:
         cause = f"torch {torch_facts['version']} is built without CUDA, as PyPI's is for Windows"
-        cure = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130, or cu126 for drivers below 580"
+        cure = (
+            "pip install --force-reinstall torch --index-url "
+            "https://download.pytorch.org/whl/cu130 (cu126 for drivers below 580)"
+        )
         return Row("GPU", "problem", found, cause, cure)
     hidden = facts["variables"].get("CUDA_VISIBLE_DEVICES")
     if hidden in ("", "-1"):
@@ -128,7 +140,9 @@ def library(facts):
     files = "; ".join(f"{one['path']}: {_code(one)}" for one in there) or "no library file"
     error = loaded.get("error") or (None if loaded else "the process that asks torch ended before")
     if error is None:
-        found = f"{loaded['path']} {loaded['version']}, for torch {loaded.get('torch_abi', facts['minimum_torch'])} and later, CPU {loaded['cpu_isa']}"
+        abi = loaded.get("torch_abi", facts["minimum_torch"])
+        found = f"{loaded['path']} {loaded['version']}, for torch {abi} and later"
+        found += f", CPU {loaded['cpu_isa']}"
         if loaded["version"] != facts["package"]["version"]:
             cause = f"the Python files are of {facts['package']['version']}, the library is not"
             cure = "install one wheel, whole; unset MAMBA_NATIVE_LIBRARY if it is set"
@@ -160,7 +174,8 @@ def kernels(facts):
     names = ", ".join(f"{one['name']} ({capability(one['capability'])})" for one in gpus)
     old = [one for one in gpus if tuple(one["capability"]) < OLDEST_GPU]
     if old:
-        cause = f"{old[0]['name']} is {capability(old[0]['capability'])}; there are kernels from sm_75 (Turing, RTX 20, T4) on"
+        is_a = f"{old[0]['name']} is {capability(old[0]['capability'])}"
+        cause = f"{is_a}; there are kernels from sm_75 (Turing, RTX 20, T4) on"
         return Row("kernels", "problem", names, cause, "a newer GPU, or the CPU: device='cpu'")
     candidates = [used] if used else facts["libraries"]
     if not candidates:
@@ -198,7 +213,10 @@ def torch_kernels(facts):
             cause = (
                 f"torch itself has no kernels for {one['name']} ({capability(one['capability'])})"
             )
-            cure = "install a torch build that has: CUDA 12.6 builds for GPUs before Turing, CUDA 12.8 or newer for RTX 50"
+            cure = (
+                "install a torch build that has: CUDA 12.6 builds for GPUs before Turing, "
+                "CUDA 12.8 or newer for RTX 50"
+            )
             return Row("torch's kernels", "problem", found, cause, cure)
     return Row("torch's kernels", "ok", found)
 
