@@ -141,6 +141,7 @@ def test_winning_leaves_everything(run, tmp_path, capsys):
 
 
 def test_interruption_and_resume_give_the_same_numbers(run, tmp_path, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGINT)
     _, whole = run(tmp_path / "whole")
 
     original = Training.step
@@ -156,7 +157,7 @@ def test_interruption_and_resume_give_the_same_numbers(run, tmp_path, monkeypatc
         status, result = run(tmp_path / "parts")
     assert (status, result) == (130, None)
     assert "interrupted after step 5" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
     _, resumed = run(tmp_path / "parts", "--resume")
     assert "resumed at step 5" in capsys.readouterr().out
