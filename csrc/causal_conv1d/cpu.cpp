@@ -14,25 +14,8 @@ namespace {
 
 constexpr std::int64_t kSegment = 256;  // steps of a task along channels
 
-// A thread is worth waking for this many elements.
-constexpr std::int64_t kWorthAThread = std::int64_t{1} << 15;
-
-std::int64_t grain(std::int64_t elements_per_task) {
-  return std::max<std::int64_t>(1, kWorthAThread / std::max<std::int64_t>(1, elements_per_task));
-}
-
 const Kernels& kernels_of(Isa isa) {
-  switch (isa) {
-    case Isa::sse2:
-      return kSse2Kernels;
-    case Isa::avx2:
-      return kAvx2Kernels;
-    case Isa::avx512:
-      return kAvx512Kernels;
-    case Isa::plain:
-      break;
-  }
-  fail("causal_conv1d: no SIMD kernels for instruction set ", static_cast<int>(isa));
+  return mamba_native::cpu::kernels_for(isa, kSse2Kernels, kAvx2Kernels, kAvx512Kernels);
 }
 
 const KernelsOfWidth& kernels_of(Isa isa, std::int64_t width) {
@@ -186,7 +169,7 @@ void forward(const ForwardParams& params, Isa isa) {
     const std::int64_t blocks = ceil_div(channels, kForwardChannels);
     const std::int64_t segments = ceil_div(length, kSegment);
     parallel_for(x.size[0] * segments * blocks,
-                 grain(kForwardChannels * std::min(length, kSegment)),
+                 grain_of(kForwardChannels * std::min(length, kSegment)),
                  [&](std::int64_t begin, std::int64_t end) {
                    for (std::int64_t i = begin; i < end; ++i) {
                      const std::int64_t t = i / blocks % segments * kSegment;
@@ -195,7 +178,7 @@ void forward(const ForwardParams& params, Isa isa) {
                    }
                  });
   } else {
-    parallel_for(x.size[0] * channels, grain(length), [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(x.size[0] * channels, grain_of(length), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         kernels.forward_row(params, i / channels, i % channels);
       }
@@ -216,14 +199,14 @@ void backward(const BackwardParams& params, Isa isa) {
   const TensorView& x = params.in.x;
   const std::int64_t per_channel = x.size[0] * x.size[2];
   if (is_channel_last(x)) {
-    parallel_for(ceil_div(x.size[1], kBackwardChannels), grain(per_channel * kBackwardChannels),
+    parallel_for(ceil_div(x.size[1], kBackwardChannels), grain_of(per_channel * kBackwardChannels),
                  [&](std::int64_t begin, std::int64_t end) {
                    for (std::int64_t i = begin; i < end; ++i) {
                      kernels.backward_block(params, i);
                    }
                  });
   } else {
-    parallel_for(x.size[1], grain(per_channel), [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(x.size[1], grain_of(per_channel), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t d = begin; d < end; ++d) {
         kernels.backward_row(params, d);
       }
@@ -243,7 +226,7 @@ void update(const UpdateParams& params, Isa isa) {
   const bool may_share = params.conv_state_indices.present();
   const std::int64_t outer = may_share ? 1 : x.size[0];
   const std::int64_t inner = may_share ? x.size[0] : 1;
-  parallel_for(outer * blocks, grain(inner * kForwardChannels * x.size[2]),
+  parallel_for(outer * blocks, grain_of(inner * kForwardChannels * x.size[2]),
                [&](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t i = begin; i < end; ++i) {
                    for (std::int64_t b = 0; b < inner; ++b) {

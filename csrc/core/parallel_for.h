@@ -2,6 +2,7 @@
 // otherwise std::thread workers of ours.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace mamba_native {
@@ -20,6 +21,13 @@ void parallel_for(std::int64_t count, std::int64_t grain, const Body& body) {
     }
   };
   parallel_for(count, grain, &Call::run, const_cast<Body*>(&body));
+}
+
+// The grain for items of so much work each, in multiplications or elements moved: as many as are
+// worth waking a thread for.
+inline std::int64_t grain_of(std::int64_t work_per_item) {
+  constexpr std::int64_t kWorthAThread = std::int64_t{1} << 15;
+  return std::max<std::int64_t>(1, kWorthAThread / std::max<std::int64_t>(1, work_per_item));
 }
 
 // What parallel_for hands its work to. The binding sets torch's at load; null restores ours.

@@ -10,22 +10,9 @@
 namespace mamba_native::layer_norm::cpu {
 namespace {
 
-const Kernels* kernels_of(Isa isa) {
-  switch (isa) {
-    case Isa::plain:
-      return nullptr;
-    case Isa::sse2:
-      return &kSse2Kernels;
-    case Isa::avx2:
-      return &kAvx2Kernels;
-    case Isa::avx512:
-      return &kAvx512Kernels;
-  }
-  return nullptr;
+const Kernels& kernels_of(Isa isa) {
+  return mamba_native::cpu::kernels_for(isa, kSse2Kernels, kAvx2Kernels, kAvx512Kernels);
 }
-
-// Rows that are worth a thread.
-std::int64_t grain_of(std::int64_t features) { return ceil_div(std::int64_t{1} << 15, features); }
 
 }  // namespace
 
@@ -36,40 +23,40 @@ std::int64_t blocks(std::int64_t rows) {
 }
 
 void forward(const ForwardParams& params, Isa isa) {
-  const Kernels* const kernels = kernels_of(isa);
-  if (kernels == nullptr) {
+  if (isa == Isa::plain) {
     reference::forward<float, double>(params);
     return;
   }
+  const Kernels& kernels = kernels_of(isa);
   const std::int64_t features = params.x.size[1];
   parallel_for(params.x.size[0], grain_of(features), [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> scratch(static_cast<std::size_t>(arrays_of(params) * padded(features)));
-    kernels->forward(params, begin, end, scratch.data());
+    kernels.forward(params, begin, end, scratch.data());
   });
 }
 
 void backward(const BackwardParams& params, Isa isa) {
-  const Kernels* const kernels = kernels_of(isa);
-  if (kernels == nullptr) {
+  if (isa == Isa::plain) {
     reference::backward<float, double>(params);
     return;
   }
+  const Kernels& kernels = kernels_of(isa);
   const std::int64_t rows = params.h.size[0];
   const std::int64_t features = params.h.size[1];
   const std::int64_t count = params.workspace.size[0];
   const std::int64_t rows_of_block = ceil_div(rows, std::max<std::int64_t>(1, count));
   float* const workspace = params.workspace.as<float>();
   const std::int64_t sums = params.workspace.size[1];
-  const std::int64_t grain = ceil_div(grain_of(features), std::max<std::int64_t>(1, rows_of_block));
-  parallel_for(count, grain, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> scratch(static_cast<std::size_t>(arrays_of(params) * padded(features)));
-    for (std::int64_t block = begin; block < end; ++block) {
-      std::fill(scratch.begin(), scratch.end(), 0.0f);
-      kernels->backward(params, std::min(rows, block * rows_of_block),
-                        std::min(rows, (block + 1) * rows_of_block), scratch.data(),
-                        workspace + block * sums * features);
-    }
-  });
+  parallel_for(
+      count, grain_of(rows_of_block * features), [&](std::int64_t begin, std::int64_t end) {
+        std::vector<float> scratch(static_cast<std::size_t>(arrays_of(params) * padded(features)));
+        for (std::int64_t block = begin; block < end; ++block) {
+          std::fill(scratch.begin(), scratch.end(), 0.0f);
+          kernels.backward(params, std::min(rows, block * rows_of_block),
+                           std::min(rows, (block + 1) * rows_of_block), scratch.data(),
+                           workspace + block * sums * features);
+        }
+      });
   const TensorView* const outputs[] = {&params.dweight, &params.dbias, &params.dweight1,
                                        &params.dbias1};
   for (std::int64_t sum = 0; sum < sums; ++sum) {

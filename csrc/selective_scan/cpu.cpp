@@ -22,25 +22,8 @@ constexpr std::int64_t kBackwardSlices = 32;
 // Partial dB and dC of all slices take about this many floats (4 MB) at once.
 constexpr std::int64_t kPartialFloats = std::int64_t{1} << 20;
 
-// A thread is worth waking for this many state elements, or elements moved.
-constexpr std::int64_t kWorthAThread = std::int64_t{1} << 15;
-
-std::int64_t grain(std::int64_t work_per_item) {
-  return std::max<std::int64_t>(1, kWorthAThread / std::max<std::int64_t>(1, work_per_item));
-}
-
 const Kernels& kernels_of(Isa isa) {
-  switch (isa) {
-    case Isa::sse2:
-      return kSse2Kernels;
-    case Isa::avx2:
-      return kAvx2Kernels;
-    case Isa::avx512:
-      return kAvx512Kernels;
-    case Isa::plain:
-      break;
-  }
-  fail("selective_scan: no SIMD kernels for instruction set ", static_cast<int>(isa));
+  return mamba_native::cpu::kernels_for(isa, kSse2Kernels, kAvx2Kernels, kAvx512Kernels);
 }
 
 // Floats aligned to a cache line, so that no vector load straddles two.
@@ -175,7 +158,7 @@ void add_parts(const TensorView& to, const Slices& slices, const std::vector<flo
   const std::int64_t time = to.stride[3];  // 1, or 2 for complex numbers; negative in reverse scans
   const std::int64_t part_steps = ceil_div(end - begin, kCheckpointInterval) * kCheckpointInterval;
   parallel_for(
-      to.size[0] * to.size[1] * states, grain(slices.per_group() * (end - begin)),
+      to.size[0] * to.size[1] * states, grain_of(slices.per_group() * (end - begin)),
       [&](std::int64_t first, std::int64_t last) {
         std::vector<float> sum(static_cast<std::size_t>(end - begin));
         for (std::int64_t row = first; row < last; ++row) {
@@ -211,7 +194,7 @@ void forward(const ForwardParams& given, Isa isa) {
   const Slices slices(params.in, kernels.lanes, kForwardSlices);
   const std::int64_t states = count_rows(params.in);
   const std::int64_t scratch_size = kernels.forward_scratch(states, slices.largest());
-  const std::int64_t slice_grain = grain(slices.largest() * params.in.u.size[2] * states);
+  const std::int64_t slice_grain = grain_of(slices.largest() * params.in.u.size[2] * states);
   parallel_for(slices.count(), slice_grain, [&](std::int64_t begin, std::int64_t end) {
     Scratch scratch(scratch_size);
     for (std::int64_t i = begin; i < end; ++i) {
@@ -248,7 +231,7 @@ void backward(const BackwardParams& given, Isa isa) {
                                          ? std::max<std::int64_t>(tiles, 1)
                                          : std::max<std::int64_t>(1, kPartialFloats / tile_floats);
   const std::int64_t scratch_size = kernels.backward_scratch(states, slices.largest());
-  const std::int64_t slice_grain = grain(slices.largest() * length * states);
+  const std::int64_t slice_grain = grain_of(slices.largest() * length * states);
   const std::size_t all_parts = static_cast<std::size_t>(
       slices.count() * states * std::min(tiles, segment_tiles) * kCheckpointInterval);
   std::vector<float> dB_parts(varying_B ? all_parts : 0);
@@ -282,7 +265,7 @@ void backward(const BackwardParams& given, Isa isa) {
   }
 
   // Sums over the batch, in its order.
-  parallel_for(channels, grain(batch * states), [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(channels, grain_of(batch * states), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t d = begin; d < end; ++d) {
       for (std::int64_t n = 0; n < states; ++n) {
         float dA = 0, dB = 0, dC = 0;

@@ -12,20 +12,6 @@ namespace {
 
 using Kernel = void (*)(const Rows&);
 
-Kernel kernel_of(Isa isa) {
-  switch (isa) {
-    case Isa::plain:
-      return nullptr;
-    case Isa::sse2:
-      return &update_rows_sse2;
-    case Isa::avx2:
-      return &update_rows_avx2;
-    case Isa::avx512:
-      return &update_rows_avx512;
-  }
-  return nullptr;
-}
-
 void gather(const TensorView& tensor, std::int64_t offset, std::int64_t stride, std::int64_t count,
             float* to) {
   if (tensor.dtype == DType::f32 && stride == 1) {
@@ -139,11 +125,12 @@ void update_block(const Params& params, Kernel kernel, bool tied, std::int64_t b
 }  // namespace
 
 void update(const Params& params, Isa isa) {
-  const Kernel kernel = kernel_of(isa);
-  if (kernel == nullptr) {
+  if (isa == Isa::plain) {
     reference::update<float, double>(params);
     return;
   }
+  const Kernel kernel = mamba_native::cpu::kernels_for<Kernel>(
+      isa, &update_rows_sse2, &update_rows_avx2, &update_rows_avx512);
   const std::int64_t heads = params.x.size[1];
   const std::int64_t blocks = ceil_div(params.x.size[2], kBlock);
   const std::int64_t d_state = params.state.size[3];

@@ -17,19 +17,19 @@
 #include "causal_conv1d/cpu.h"
 #include "causal_conv1d/plan.h"
 #include "causal_conv1d/reference.h"
-#include "core/cpu/isa.h"
 #include "core/error.h"
 #include "core/parallel_for.h"
 #include "support/compare.h"
 #include "support/device_memory.h"
+#include "support/targets.h"
 #include "support/tensor.h"
 
 namespace mamba_native::causal_conv1d {
 namespace {
 
 using test::Shape;
+using test::Target;
 using test::Tensor;
-using Isa = mamba_native::cpu::Isa;
 using Values = std::vector<double>;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -427,41 +427,10 @@ Kernels reference_kernels() {
 
 const Kernels kPublic = {&forward, &backward, &update};
 
-struct Target {
-  const char* name;
-  Device device;
-  Isa isa;
-};
-
-const Target kTargets[] = {{"plain", test::kCpu, Isa::plain},
-                           {"sse2", test::kCpu, Isa::sse2},
-                           {"avx2", test::kCpu, Isa::avx2},
-                           {"avx512", test::kCpu, Isa::avx512},
-                           {"cuda", test::kCuda, Isa::plain}};
-
 Kernels kernels_of(const Target& target) {
-  if (target.device.is_cuda()) {
-    return kPublic;
-  }
-  const Isa isa = target.isa;
-  return {[isa](const ForwardParams& params) { cpu::forward(params, isa); },
-          [isa](const BackwardParams& params) { cpu::backward(params, isa); },
-          [isa](const UpdateParams& params) { cpu::update(params, isa); }};
-}
-
-// Why a target cannot run here; empty if it can.
-std::string unavailable(const Target& target) {
-  if (target.device.is_cuda()) {
-    return test::cuda_unavailable();
-  }
-  return target.isa <= mamba_native::cpu::highest_isa() ? "" : "this processor lacks it";
-}
-
-std::string dtype_unavailable(DType dtype) {
-  const bool built = dtype == DType::f16    ? MAMBA_WITH_F16
-                     : dtype == DType::bf16 ? MAMBA_WITH_BF16
-                                            : true;
-  return built ? "" : "built without " + std::string(name(dtype));
+  return {test::on<ForwardParams>(target, &forward, &cpu::forward),
+          test::on<BackwardParams>(target, &backward, &cpu::backward),
+          test::on<UpdateParams>(target, &update, &cpu::update)};
 }
 
 struct Result {
@@ -567,45 +536,17 @@ testing::AssertionResult all_close(const Result& got, const Expected& expected, 
   return all;
 }
 
-struct Row {
-  Target target;
-  DType dtype;
-  Case problem;
-};
-
-std::vector<Row> rows() {
-  std::vector<Row> all;
-  for (const Target& target : kTargets) {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      for (const Case& problem : star()) {
-        all.push_back({target, dtype, problem});
-      }
-    }
-  }
-  return all;
-}
-
-const char* short_name(DType dtype) {
-  return dtype == DType::f32 ? "f32" : dtype == DType::f16 ? "f16" : "bf16";
-}
-
-std::string row_name(const testing::TestParamInfo<Row>& info) {
-  return std::string(info.param.target.name) + "_" + short_name(info.param.dtype) + "_" +
-         info.param.problem.name;
-}
-
-class CausalConv1d : public testing::TestWithParam<Row> {
+// A row's weight may be of another dtype.
+template <class Case>
+class WeightedRowTest : public test::RowTest<Case> {
  protected:
   void SetUp() override {
-    for (const std::string& reason :
-         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype),
-          dtype_unavailable(GetParam().problem.weight)}) {
-      if (!reason.empty()) {
-        GTEST_SKIP() << reason;
-      }
-    }
+    test::RowTest<Case>::SetUp();
+    test::require({test::unavailable(this->GetParam().problem.weight)});
   }
 };
+
+using CausalConv1d = WeightedRowTest<Case>;
 
 TEST_P(CausalConv1d, MatchesTheOracle) {
   const auto& [target, dtype, row] = GetParam();
@@ -616,21 +557,14 @@ TEST_P(CausalConv1d, MatchesTheOracle) {
   EXPECT_EQ(got.final_states.values(), expected.truth.final_states.values());
 }
 
-INSTANTIATE_TEST_SUITE_P(Star, CausalConv1d, testing::ValuesIn(rows()), row_name);
+INSTANTIATE_TEST_SUITE_P(Star, CausalConv1d, testing::ValuesIn(test::rows(star())),
+                         test::row_name<Case>);
 
-class CausalConv1dTarget : public testing::TestWithParam<Target> {
+class CausalConv1dTarget : public test::TargetTest {
  protected:
-  void SetUp() override {
-    const std::string reason = unavailable(GetParam());
-    if (!reason.empty()) {
-      GTEST_SKIP() << reason;
-    }
-  }
   Device device() const { return GetParam().device; }
   Kernels kernels() const { return kernels_of(GetParam()); }
 };
-
-std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
 
 // An implementation that forgot a term must not pass: each is dropped here in turn, on its side
 // only.
@@ -1115,41 +1049,7 @@ Tensor run_update(const DecodeProblem& p, Device device, const Kernels& kernels)
   return out;
 }
 
-struct DecodeRow {
-  Target target;
-  DType dtype;
-  DecodeCase problem;
-};
-
-std::vector<DecodeRow> decode_rows() {
-  std::vector<DecodeRow> all;
-  for (const Target& target : kTargets) {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      for (const DecodeCase& problem : decode_star()) {
-        all.push_back({target, dtype, problem});
-      }
-    }
-  }
-  return all;
-}
-
-std::string decode_row_name(const testing::TestParamInfo<DecodeRow>& info) {
-  return std::string(info.param.target.name) + "_" + short_name(info.param.dtype) + "_" +
-         info.param.problem.name;
-}
-
-class CausalConv1dUpdate : public testing::TestWithParam<DecodeRow> {
- protected:
-  void SetUp() override {
-    for (const std::string& reason :
-         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype),
-          dtype_unavailable(GetParam().problem.weight)}) {
-      if (!reason.empty()) {
-        GTEST_SKIP() << reason;
-      }
-    }
-  }
-};
+using CausalConv1dUpdate = WeightedRowTest<DecodeCase>;
 
 TEST_P(CausalConv1dUpdate, MatchesTheOracle) {
   const auto& [target, dtype, row] = GetParam();
@@ -1170,8 +1070,8 @@ TEST_P(CausalConv1dUpdate, MatchesTheOracle) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Star, CausalConv1dUpdate, testing::ValuesIn(decode_rows()),
-                         decode_row_name);
+INSTANTIATE_TEST_SUITE_P(Star, CausalConv1dUpdate, testing::ValuesIn(test::rows(decode_star())),
+                         test::row_name<DecodeCase>);
 
 TEST_P(CausalConv1dTarget, StepByStepIsTheWhole) {
   for (const bool circular : {false, true}) {
@@ -1214,7 +1114,7 @@ TEST_P(CausalConv1dTarget, StepByStepIsTheWhole) {
 TEST_P(CausalConv1dTarget, VarlenStatesAreTheLastTokens) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const DType index : {DType::i32, DType::i64}) {
-      if (!dtype_unavailable(dtype).empty()) {
+      if (!test::unavailable(dtype).empty()) {
         continue;
       }
       // Tokens 1 to 7 of channel 0, ten times as much of channel 1: lengths 2, 0, 4, 1.
@@ -1240,7 +1140,8 @@ TEST_P(CausalConv1dTarget, VarlenStatesAreTheLastTokens) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Every, CausalConv1dTarget, testing::ValuesIn(kTargets), target_name);
+INSTANTIATE_TEST_SUITE_P(Every, CausalConv1dTarget, testing::ValuesIn(test::kTargets),
+                         test::target_name);
 
 // ---- the oracle ----
 

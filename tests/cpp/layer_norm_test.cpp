@@ -12,7 +12,6 @@
 #include <string>
 #include <vector>
 
-#include "core/cpu/isa.h"
 #include "core/error.h"
 #include "core/parallel_for.h"
 #include "layer_norm/cpu.h"
@@ -21,14 +20,15 @@
 #include "layer_norm/reference.h"
 #include "support/compare.h"
 #include "support/device_memory.h"
+#include "support/targets.h"
 #include "support/tensor.h"
 
 namespace mamba_native::layer_norm {
 namespace {
 
 using test::Shape;
+using test::Target;
 using test::Tensor;
-using Isa = mamba_native::cpu::Isa;
 
 // ---- what is computed, and by whom ----
 
@@ -452,87 +452,15 @@ Forward saved_on(const Problem& p, Device device) {
 
 // ---- every implementation on every row ----
 
-struct Target {
-  const char* name;
-  Device device;
-  Isa isa;
-};
-
-const Target kTargets[] = {{"plain", test::kCpu, Isa::plain},
-                           {"sse2", test::kCpu, Isa::sse2},
-                           {"avx2", test::kCpu, Isa::avx2},
-                           {"avx512", test::kCpu, Isa::avx512},
-                           {"cuda", test::kCuda, Isa::plain}};
-
-// Why a target cannot run here; empty if it can.
-std::string unavailable(const Target& target) {
-  if (target.device.is_cuda()) {
-    return test::cuda_unavailable();
-  }
-  return target.isa <= mamba_native::cpu::highest_isa() ? "" : "this processor lacks it";
-}
-
-std::string dtype_unavailable(DType dtype) {
-  const bool built = dtype == DType::f16    ? MAMBA_WITH_F16
-                     : dtype == DType::bf16 ? MAMBA_WITH_BF16
-                                            : true;
-  return built ? "" : "built without " + std::string(name(dtype));
-}
-
 RunForward forward_on(const Target& target) {
-  if (target.device.is_cuda()) {
-    return static_cast<void (*)(const ForwardParams&)>(&forward);
-  }
-  const Isa isa = target.isa;
-  return [isa](const ForwardParams& params) { cpu::forward(params, isa); };
+  return test::on<ForwardParams>(target, &forward, &cpu::forward);
 }
 
 RunBackward backward_on(const Target& target) {
-  if (target.device.is_cuda()) {
-    return static_cast<void (*)(const BackwardParams&)>(&backward);
-  }
-  const Isa isa = target.isa;
-  return [isa](const BackwardParams& params) { cpu::backward(params, isa); };
+  return test::on<BackwardParams>(target, &backward, &cpu::backward);
 }
 
-struct Row {
-  Target target;
-  DType dtype;
-  Case problem;
-};
-
-std::vector<Row> rows() {
-  std::vector<Row> all;
-  for (const Target& target : kTargets) {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      for (const Case& problem : star()) {
-        all.push_back({target, dtype, problem});
-      }
-    }
-  }
-  return all;
-}
-
-std::string row_name(const testing::TestParamInfo<Row>& info) {
-  const DType dtype = info.param.dtype;
-  return std::string(info.param.target.name) +
-         (dtype == DType::f32   ? "_f32_"
-          : dtype == DType::f16 ? "_f16_"
-                                : "_bf16_") +
-         info.param.problem.name;
-}
-
-class LayerNorm : public testing::TestWithParam<Row> {
- protected:
-  void SetUp() override {
-    for (const std::string& reason :
-         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype)}) {
-      if (!reason.empty()) {
-        GTEST_SKIP() << reason;
-      }
-    }
-  }
-};
+using LayerNorm = test::RowTest<Case>;
 
 TEST_P(LayerNorm, ForwardMatchesTheOracle) {
   const auto& [target, dtype, problem] = GetParam();
@@ -549,19 +477,10 @@ TEST_P(LayerNorm, BackwardMatchesTheOracle) {
   backward_close(p, saved_on(p, test::kCpu), got, true);
 }
 
-INSTANTIATE_TEST_SUITE_P(Star, LayerNorm, testing::ValuesIn(rows()), row_name);
+INSTANTIATE_TEST_SUITE_P(Star, LayerNorm, testing::ValuesIn(test::rows(star())),
+                         test::row_name<Case>);
 
-class LayerNormTarget : public testing::TestWithParam<Target> {
- protected:
-  void SetUp() override {
-    const std::string reason = unavailable(GetParam());
-    if (!reason.empty()) {
-      GTEST_SKIP() << reason;
-    }
-  }
-};
-
-std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
+using LayerNormTarget = test::TargetTest;
 
 // An implementation that forgot a term must not pass: each is dropped here in turn, on its side
 // only.
@@ -757,7 +676,8 @@ TEST_P(LayerNormTarget, GradientsAreTheSameInEveryRun) {
   set_num_threads(0);
 }
 
-INSTANTIATE_TEST_SUITE_P(Targets, LayerNormTarget, testing::ValuesIn(kTargets), target_name);
+INSTANTIATE_TEST_SUITE_P(Targets, LayerNormTarget, testing::ValuesIn(test::kTargets),
+                         test::target_name);
 
 // Rows that start 2^21 elements apart, so that the last ones lie beyond 2^31 elements.
 TEST(LayerNormCudaLarge, RowsBeyondTwoToThe31) {

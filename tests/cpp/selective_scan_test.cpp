@@ -24,14 +24,15 @@
 #include "selective_scan/reference.h"
 #include "support/compare.h"
 #include "support/device_memory.h"
+#include "support/targets.h"
 #include "support/tensor.h"
 
 namespace mamba_native::selective_scan {
 namespace {
 
 using test::Shape;
+using test::Target;
 using test::Tensor;
-using Isa = mamba_native::cpu::Isa;
 
 // ---- what is computed, and by whom ----
 
@@ -800,93 +801,16 @@ void expect_close(const Backward& got, const Expected& expected, DType dtype) {
 
 // ---- every implementation on every row ----
 
-struct Target {
-  const char* name;
-  Device device;
-  Isa isa;
-};
-
-const Target kTargets[] = {{"plain", test::kCpu, Isa::plain},
-                           {"sse2", test::kCpu, Isa::sse2},
-                           {"avx2", test::kCpu, Isa::avx2},
-                           {"avx512", test::kCpu, Isa::avx512},
-                           {"cuda", test::kCuda, Isa::plain}};
-
-// Why a target cannot run here; empty if it can.
-std::string unavailable(const Target& target) {
-  if (target.device.is_cuda()) {
-    return test::cuda_unavailable();
-  }
-  return target.isa <= mamba_native::cpu::highest_isa() ? "" : "this processor lacks it";
-}
-
-std::string dtype_unavailable(DType dtype) {
-  const bool built = dtype == DType::f16    ? MAMBA_WITH_F16
-                     : dtype == DType::bf16 ? MAMBA_WITH_BF16
-                                            : true;
-  return built ? "" : "built without " + std::string(name(dtype));
-}
-
 RunForward forward_on(const Target& target) {
-  if (target.device.is_cuda()) {
-    return static_cast<void (*)(const ForwardParams&)>(&forward);
-  }
-  const Isa isa = target.isa;
-  return [isa](const ForwardParams& params) { cpu::forward(params, isa); };
+  return test::on<ForwardParams>(target, &forward, &cpu::forward);
 }
 
 RunBackward backward_on(const Target& target) {
-  if (target.device.is_cuda()) {
-    return static_cast<void (*)(const BackwardParams&)>(&backward);
-  }
-  const Isa isa = target.isa;
-  return [isa](const BackwardParams& params) { cpu::backward(params, isa); };
+  return test::on<BackwardParams>(target, &backward, &cpu::backward);
 }
 
-struct Row {
-  Target target;
-  DType dtype;
-  Case problem;
-};
-
-// What gtest prints for a parameter.
-void PrintTo(const Target& target, std::ostream* stream) { *stream << target.name; }
-void PrintTo(const Row& row, std::ostream* stream) {
-  *stream << row.target.name << " " << name(row.dtype) << " " << row.problem.name;
-}
-
-std::vector<Row> rows(const std::vector<Case>& problems) {
-  std::vector<Row> all;
-  for (const Target& target : kTargets) {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      for (const Case& problem : problems) {
-        all.push_back({target, dtype, problem});
-      }
-    }
-  }
-  return all;
-}
-
-std::string row_name(const testing::TestParamInfo<Row>& info) {
-  const DType dtype = info.param.dtype;
-  return std::string(info.param.target.name) + "_" +
-         (dtype == DType::f32   ? "f32_"
-          : dtype == DType::f16 ? "f16_"
-                                : "bf16_") +
-         info.param.problem.name;
-}
-
-class SelectiveScan : public testing::TestWithParam<Row> {
- protected:
-  void SetUp() override {
-    for (const std::string& reason :
-         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype)}) {
-      if (!reason.empty()) {
-        GTEST_SKIP() << reason;
-      }
-    }
-  }
-};
+using Row = test::Row<Case>;
+using SelectiveScan = test::RowTest<Case>;
 
 TEST_P(SelectiveScan, MatchesTheOracle) {
   const Row& row = GetParam();
@@ -899,7 +823,8 @@ TEST_P(SelectiveScan, MatchesTheOracle) {
                expected, row.dtype);
 }
 
-INSTANTIATE_TEST_SUITE_P(Star, SelectiveScan, testing::ValuesIn(rows(star())), row_name);
+INSTANTIATE_TEST_SUITE_P(Star, SelectiveScan, testing::ValuesIn(test::rows(star())),
+                         test::row_name<Case>);
 
 // A kernel that forgot a term must not pass: each is dropped here in turn, on the kernel's side
 // only.
@@ -939,23 +864,15 @@ TEST_P(SelectiveScanMutation, ADroppedTermFails) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Base, SelectiveScanMutation,
-    testing::ValuesIn(rows({star().front(), with("complex", [](Case& c) { c.complex = true; })})),
-    row_name);
+INSTANTIATE_TEST_SUITE_P(Base, SelectiveScanMutation,
+                         testing::ValuesIn(test::rows<Case>(
+                             {star().front(), with("complex", [](Case& c) { c.complex = true; })})),
+                         test::row_name<Case>);
 
 // A sequence cut in two, the second part starting from the first's last state, is the whole
 // sequence; the gradients agree too when the second part's gradient of its initial state enters the
 // first.
-class SelectiveScanIdentity : public testing::TestWithParam<Target> {
- protected:
-  void SetUp() override {
-    const std::string reason = unavailable(GetParam());
-    if (!reason.empty()) {
-      GTEST_SKIP() << reason;
-    }
-  }
-};
+using SelectiveScanIdentity = test::TargetTest;
 
 std::vector<double> steps(const Tensor& tensor, std::int64_t begin, std::int64_t end) {
   const std::int64_t length = tensor.shape().sizes.back();
@@ -1199,9 +1116,8 @@ TEST_P(SelectiveScanIdentity, EmptySizes) {
   }
 }
 
-std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
-
-INSTANTIATE_TEST_SUITE_P(Identity, SelectiveScanIdentity, testing::ValuesIn(kTargets), target_name);
+INSTANTIATE_TEST_SUITE_P(Identity, SelectiveScanIdentity, testing::ValuesIn(test::kTargets),
+                         test::target_name);
 
 // ---- the CPU's own promises ----
 
@@ -1233,8 +1149,8 @@ TEST(SelectiveScanCpu, ResultsDoNotDependOnTheThreads) {
 
 // A NaN in delta reaches every later output of its channel and no other channel.
 TEST(SelectiveScanCpu, PropagatesNaN) {
-  for (const Target& target : kTargets) {
-    if (target.device.is_cuda() || !unavailable(target).empty()) {
+  for (const Target& target : test::kTargets) {
+    if (target.device.is_cuda() || !test::unavailable(target).empty()) {
       continue;
     }
     const Case problem = with("", [](Case& c) { c.batch = 1; });

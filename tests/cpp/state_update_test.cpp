@@ -11,7 +11,6 @@
 #include <string>
 #include <vector>
 
-#include "core/cpu/isa.h"
 #include "core/error.h"
 #include "core/math.h"
 #include "core/parallel_for.h"
@@ -21,14 +20,15 @@
 #include "state_update/reference.h"
 #include "support/compare.h"
 #include "support/device_memory.h"
+#include "support/targets.h"
 #include "support/tensor.h"
 
 namespace mamba_native::state_update {
 namespace {
 
 using test::Shape;
+using test::Target;
 using test::Tensor;
-using Isa = mamba_native::cpu::Isa;
 
 // ---- what is computed, and by whom ----
 
@@ -257,79 +257,9 @@ bool is_close(const Result& got, const Expected& expected, DType dtype) {
 
 // ---- every implementation on every row ----
 
-struct Target {
-  const char* name;
-  Device device;
-  Isa isa;
-};
+RunStep update_on(const Target& target) { return test::on<Params>(target, &update, &cpu::update); }
 
-const Target kTargets[] = {{"plain", test::kCpu, Isa::plain},
-                           {"sse2", test::kCpu, Isa::sse2},
-                           {"avx2", test::kCpu, Isa::avx2},
-                           {"avx512", test::kCpu, Isa::avx512},
-                           {"cuda", test::kCuda, Isa::plain}};
-
-// Why a target cannot run here; empty if it can.
-std::string unavailable(const Target& target) {
-  if (target.device.is_cuda()) {
-    return test::cuda_unavailable();
-  }
-  return target.isa <= mamba_native::cpu::highest_isa() ? "" : "this processor lacks it";
-}
-
-std::string dtype_unavailable(DType dtype) {
-  const bool built = dtype == DType::f16    ? MAMBA_WITH_F16
-                     : dtype == DType::bf16 ? MAMBA_WITH_BF16
-                                            : true;
-  return built ? "" : "built without " + std::string(name(dtype));
-}
-
-RunStep update_on(const Target& target) {
-  if (target.device.is_cuda()) {
-    return static_cast<void (*)(const Params&)>(&update);
-  }
-  const Isa isa = target.isa;
-  return [isa](const Params& params) { cpu::update(params, isa); };
-}
-
-struct Row {
-  Target target;
-  DType dtype;
-  Case problem;
-};
-
-std::vector<Row> rows() {
-  std::vector<Row> all;
-  for (const Target& target : kTargets) {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      for (const Case& problem : star()) {
-        all.push_back({target, dtype, problem});
-      }
-    }
-  }
-  return all;
-}
-
-std::string row_name(const testing::TestParamInfo<Row>& info) {
-  const DType dtype = info.param.dtype;
-  return std::string(info.param.target.name) +
-         (dtype == DType::f32   ? "_f32_"
-          : dtype == DType::f16 ? "_f16_"
-                                : "_bf16_") +
-         info.param.problem.name;
-}
-
-class StateUpdate : public testing::TestWithParam<Row> {
- protected:
-  void SetUp() override {
-    for (const std::string& reason :
-         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype)}) {
-      if (!reason.empty()) {
-        GTEST_SKIP() << reason;
-      }
-    }
-  }
-};
+using StateUpdate = test::RowTest<Case>;
 
 TEST_P(StateUpdate, MatchesTheOracle) {
   const auto& [target, dtype, problem] = GetParam();
@@ -340,19 +270,10 @@ TEST_P(StateUpdate, MatchesTheOracle) {
   EXPECT_TRUE(close("state", dtype, got.state, expected.truth.state, expected.yardstick.state));
 }
 
-INSTANTIATE_TEST_SUITE_P(Star, StateUpdate, testing::ValuesIn(rows()), row_name);
+INSTANTIATE_TEST_SUITE_P(Star, StateUpdate, testing::ValuesIn(test::rows(star())),
+                         test::row_name<Case>);
 
-class StateUpdateTarget : public testing::TestWithParam<Target> {
- protected:
-  void SetUp() override {
-    const std::string reason = unavailable(GetParam());
-    if (!reason.empty()) {
-      GTEST_SKIP() << reason;
-    }
-  }
-};
-
-std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
+using StateUpdateTarget = test::TargetTest;
 
 // Each input in turn in another dtype than the rest.
 TEST_P(StateUpdateTarget, EveryTensorHasItsOwnDtype) {
@@ -362,7 +283,7 @@ TEST_P(StateUpdateTarget, EveryTensorHasItsOwnDtype) {
                                       &Problem::D,     &Problem::z, &Problem::bias};
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     for (const DType other : {DType::f32, DType::f16, DType::bf16}) {
-      if (!dtype_unavailable(dtype).empty() || !dtype_unavailable(other).empty()) {
+      if (!test::unavailable(dtype).empty() || !test::unavailable(other).empty()) {
         continue;
       }
       for (Tensor Problem::* input : inputs) {
@@ -478,7 +399,7 @@ TEST_P(StateUpdateTarget, TokensAtOnceAreCallsOneByOne) {
   const Target& target = GetParam();
   constexpr std::int64_t kTokens = 3;
   for (const DType dtype : {DType::f32, DType::bf16}) {
-    if (!dtype_unavailable(dtype).empty()) {
+    if (!test::unavailable(dtype).empty()) {
       continue;
     }
     for (const bool tied : {false, true}) {
@@ -538,7 +459,8 @@ TEST_P(StateUpdateTarget, TokensAtOnceAreCallsOneByOne) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Targets, StateUpdateTarget, testing::ValuesIn(kTargets), target_name);
+INSTANTIATE_TEST_SUITE_P(Targets, StateUpdateTarget, testing::ValuesIn(test::kTargets),
+                         test::target_name);
 
 TEST(StateUpdateCuda, AnEntryBeyondTheStateShowsAndIsNotTouched) {
   const std::string reason = test::cuda_unavailable();
@@ -673,8 +595,8 @@ TEST(StateUpdateOracle, OutputUsesTheUnroundedState) {
   p.A = tensor({{1, 1, 1}}, 0);
   p.B = tensor({{1, 1, 1}}, 1);
   p.C = tensor({{1, 1, 1}}, 1);
-  for (const Target& target : kTargets) {
-    if (unavailable(target).empty() && dtype_unavailable(DType::bf16).empty()) {
+  for (const Target& target : test::kTargets) {
+    if (test::unavailable(target).empty() && test::unavailable(DType::bf16).empty()) {
       const Result got = run_step(p.to(false, target.device), target.device, update_on(target));
       EXPECT_EQ(got.out.values()[0], 1 + std::ldexp(1.0, -9)) << target.name;
       EXPECT_EQ(got.state.values()[0], 1.0) << target.name;
