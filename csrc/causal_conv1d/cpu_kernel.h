@@ -374,12 +374,12 @@ struct ChannelBlock {
   std::int64_t first;
   int count;
   int rounded;
-  int first_tap;
   float weight[WIDTH][CHANNELS];
   float bias[CHANNELS];
   float ring[kRing<WIDTH>][CHANNELS];  // step t at t mod kRing
   float zeros[CHANNELS];
   const float* taps[WIDTH];
+  int first_tap;
 
   float* line(std::int64_t t) { return ring[(t + kRing<WIDTH>) % kRing<WIDTH>]; }
 };
@@ -395,11 +395,12 @@ void open_block(const Inputs& in, std::int64_t index, ChannelBlock<Arch, WIDTH, 
   for (int i = 0; i < kRing<WIDTH>; ++i) {
     fill<Arch>(block.ring[i], CHANNELS, 0.0f);
   }
-  block.first_tap = first_tap<Arch, WIDTH>(in);
-  for (int w = block.first_tap; w < WIDTH; ++w) {
+  const int first = first_tap<Arch, WIDTH>(in);
+  block.first_tap = first;
+  for (int w = first; w < WIDTH; ++w) {
     fill<Arch>(block.weight[w], CHANNELS, 0.0f);
     read_line<Arch>(in.weight,
-                    block.first * in.weight.stride[0] + (w - block.first_tap) * in.weight.stride[1],
+                    block.first * in.weight.stride[0] + (w - first) * in.weight.stride[1],
                     in.weight.stride[0], block.count, block.weight[w]);
   }
   if (in.bias.present()) {

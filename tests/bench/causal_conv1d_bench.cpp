@@ -1,4 +1,4 @@
-// The convolution on one core of the CPU, width 4 with SiLU and bias. Bytes are what the tensors
+// The convolution on one core of the CPU, with SiLU and bias. Bytes are what the tensors
 // need: x and out forward; x, dout and dx backward.
 #include <benchmark/benchmark.h>
 
@@ -13,16 +13,14 @@ namespace {
 
 using Isa = mamba_native::cpu::Isa;
 
-constexpr std::int64_t kWidth = 4;
-
 // Tensors of one call; T is x's type.
 template <class T>
 struct Problem {
-  Problem(std::int64_t channels, std::int64_t length, bool channel_last)
+  Problem(std::int64_t channels, std::int64_t length, bool channel_last, std::int64_t width)
       : x(static_cast<std::size_t>(channels * length)),
         out(x.size()),
         dx(x.size()),
-        weight(static_cast<std::size_t>(channels * kWidth), 0.3f),
+        weight(static_cast<std::size_t>(channels * width), 0.3f),
         bias(static_cast<std::size_t>(channels), 0.1f),
         dweight(weight),
         dbias(bias) {
@@ -39,14 +37,14 @@ struct Problem {
       return tensor;
     };
     forward.in.x = view(x);
-    forward.in.weight = TensorView(weight.data(), DType::f32, {channels, kWidth});
+    forward.in.weight = TensorView(weight.data(), DType::f32, {channels, width});
     forward.in.bias = TensorView(bias.data(), DType::f32, {channels});
     forward.in.silu = true;
     forward.out = view(out);
     backward.in = forward.in;
     backward.dout = view(x);
     backward.dx = view(dx);
-    backward.dweight = TensorView(dweight.data(), DType::f32, {channels, kWidth});
+    backward.dweight = TensorView(dweight.data(), DType::f32, {channels, width});
     backward.dbias = TensorView(dbias.data(), DType::f32, {channels});
   }
 
@@ -56,7 +54,7 @@ struct Problem {
   BackwardParams backward;
 };
 
-// Arguments: instruction set, channels, length, channel-last.
+// Arguments: instruction set, channels, length, channel-last, width.
 template <class T, bool BACKWARD>
 void causal_conv1d(benchmark::State& state) {
   const Isa isa = static_cast<Isa>(state.range(0));
@@ -64,7 +62,7 @@ void causal_conv1d(benchmark::State& state) {
     state.SkipWithError("this processor lacks it");
     return;
   }
-  Problem<T> problem(state.range(1), state.range(2), state.range(3) != 0);
+  Problem<T> problem(state.range(1), state.range(2), state.range(3) != 0, state.range(4));
   set_num_threads(1);
   for (auto _ : state) {
     if (BACKWARD) {
@@ -84,10 +82,12 @@ void causal_conv1d(benchmark::State& state) {
 void shapes(benchmark::internal::Benchmark* bench) {
   for (const Isa isa : {Isa::plain, Isa::sse2, Isa::avx2, Isa::avx512}) {
     for (const std::int64_t channel_last : {0, 1}) {
-      bench->Args({static_cast<std::int64_t>(isa), 1536, 2048, channel_last});
+      for (const std::int64_t width : {4, 8}) {
+        bench->Args({static_cast<std::int64_t>(isa), 1536, 2048, channel_last, width});
+      }
     }
   }
-  bench->ArgNames({"isa", "D", "L", "channel_last"})->Unit(benchmark::kMillisecond);
+  bench->ArgNames({"isa", "D", "L", "channel_last", "W"})->Unit(benchmark::kMillisecond);
 }
 
 BENCHMARK(causal_conv1d<float, false>)->Name("causal_conv1d_forward_f32")->Apply(shapes);
@@ -104,8 +104,9 @@ void causal_conv1d_update(benchmark::State& state) {
     state.SkipWithError("this processor lacks it");
     return;
   }
+  constexpr std::int64_t kWidth = 4;
   const std::int64_t channels = state.range(1);
-  Problem<float> problem(channels, 1, false);
+  Problem<float> problem(channels, 1, false, kWidth);
   std::vector<float> conv_state(static_cast<std::size_t>(channels * kWidth), 0.5f);
   UpdateParams params;
   params.x = problem.forward.in.x;
