@@ -15,10 +15,6 @@ import time
 from dataclasses import dataclass
 from datetime import date
 
-# Largest deviation over the largest value, in float32. Rounding alone gives 5e-7 forward and 2e-6
-# backward; a wrong term gives 1e-2.
-ALLOWED = {"forward": 1e-5, "backward": 5e-5, "step": 1e-5}
-
 
 @dataclass(frozen=True)
 class Check:
