@@ -422,7 +422,8 @@ def test_a_known_blob_decides_the_number(tmp_path, patch, own_patches, end, numb
     assert "of no release known" not in printed + complaint
 
 
-@pytest.mark.parametrize("options", [(), pytest.param(("--git",), marks=needs_git)])
+@needs_git
+@pytest.mark.parametrize("options", [(), ("--git",)])
 def test_a_patched_file_is_known_by_its_original(checkout, patch, own_patches, options):
     """Or the second run would take up what the release's number 0 told the first to leave alone."""
     name = f"{SCAN}static_switch.h"
