@@ -1,0 +1,31 @@
+// Checks of whole arguments: shape, dtype, device and memory at once. Each throws Error, naming the
+// operation and the argument. `op` and `argument` are literals.
+#pragma once
+
+#include <initializer_list>
+
+#include "core/tensor.h"
+
+namespace mamba_native {
+
+// The tensor's device, that its sizes and byte offsets fit 64 bits, that no stride is negative and
+// that it has memory.
+void check_memory(const char* op, const char* argument, const TensorView& tensor, Device device);
+
+void check_input(const char* op, const char* argument, const TensorView& tensor, Device device,
+                 DType dtype, std::initializer_list<std::int64_t> shape);
+// The same for one that may be absent.
+void check_optional_input(const char* op, const char* argument, const TensorView& tensor,
+                          Device device, DType dtype, std::initializer_list<std::int64_t> shape);
+
+// As check_input, and that no two elements share an address through a stride of 0.
+void check_output(const char* op, const char* argument, const TensorView& tensor, Device device,
+                  DType dtype, std::initializer_list<std::int64_t> shape);
+// An output that is there exactly when the input `owner` is.
+void check_optional_output(const char* op, const char* argument, const TensorView& tensor,
+                           const char* owner, const TensorView& input, Device device, DType dtype,
+                           std::initializer_list<std::int64_t> shape);
+
+void check_contiguous(const char* op, const char* argument, const TensorView& tensor);
+
+}  // namespace mamba_native
