@@ -3,6 +3,7 @@
 #include "core/check.h"
 #include "core/error.h"
 #include "core/math.h"
+#include "ssd/cpu.h"
 #include "ssd/reference.h"
 
 namespace mamba_native::ssd {
@@ -100,7 +101,7 @@ void forward(const ForwardParams& params) {
   } else if (s.dtype == DType::f64) {
     reference::forward<double>(params);
   } else {
-    reference::forward<float>(params);
+    cpu::forward(params);
   }
 }
 
@@ -138,7 +139,7 @@ void backward(const BackwardParams& params) {
   } else if (s.dtype == DType::f64) {
     reference::backward<double>(params);
   } else {
-    reference::backward<float>(params);
+    cpu::backward(params);
   }
 }
 
