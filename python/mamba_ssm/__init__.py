@@ -13,6 +13,7 @@ __getattr__, _names = attach(
         "mamba_inner_fn": "mamba_ssm.ops.mamba_inner",
         "falcon_mamba_inner_fn": "mamba_ssm.ops.mamba_inner",
         "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
+        "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
         "Mamba": "mamba_ssm.modules.mamba_simple",
         "MambaLMHeadModel": "mamba_ssm.models.mixer_seq_simple",
     },

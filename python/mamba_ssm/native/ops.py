@@ -14,6 +14,7 @@ from mamba_ssm.native.layer_norm import (
     layer_norm_forward,
 )
 from mamba_ssm.native.selective_scan import selective_scan_backward, selective_scan_forward
+from mamba_ssm.native.ssd import ssd_backward, ssd_forward
 from mamba_ssm.native.state_update import selective_state_update
 
 __all__ = [
@@ -29,4 +30,6 @@ __all__ = [
     "selective_scan_backward",
     "selective_scan_forward",
     "selective_state_update",
+    "ssd_backward",
+    "ssd_forward",
 ]

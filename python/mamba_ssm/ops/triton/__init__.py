@@ -8,5 +8,16 @@ from mamba_ssm._lazy import attach
 __getattr__, __dir__ = attach(
     __name__,
     functions={},
-    submodules=("k_activations", "layer_norm", "layernorm", "selective_state_update", "softplus"),
+    submodules=(
+        "k_activations",
+        "layer_norm",
+        "layernorm",
+        "selective_state_update",
+        "softplus",
+        "ssd_bmm",
+        "ssd_chunk_scan",
+        "ssd_chunk_state",
+        "ssd_combined",
+        "ssd_state_passing",
+    ),
 )
