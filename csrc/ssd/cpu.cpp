@@ -16,7 +16,7 @@ namespace {
 // About how many slices a call is cut into: enough to keep many cores busy and evenly loaded, few
 // enough to share C B^T, and in backward the partial sums of dB and dC, among the heads of a slice.
 // The cut is a function of the shape alone, so results do not depend on the number of threads.
-constexpr std::int64_t kForwardSlices = 64;
+constexpr std::int64_t kForwardSlices = 16;
 constexpr std::int64_t kBackwardSlices = 16;
 
 // Partial dB and dC of all slices take about this many floats (16 MB) at once.

@@ -1,6 +1,7 @@
 """Every native operation as torch sees it: opcheck, and bad arguments refused with nothing changed."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -185,6 +186,55 @@ def _branches_backward(device):
     }
 
 
+def _ssd(device):
+    r = _randn
+    return {
+        "x": r(device, 2, 9, 4, 5),
+        "dt": r(device, 2, 9, 4),
+        "A": -r(device, 4).abs(),
+        "B": r(device, 2, 9, 2, 3),
+        "C": r(device, 2, 9, 2, 3),
+        "D": r(device, 4),
+        "z": r(device, 2, 9, 4, 5),
+        "dt_bias": r(device, 4),
+        "initial_states": r(device, 2, 4, 5, 3),
+        "dt_softplus": True,
+        "dt_min": 0.0,
+        "dt_max": math.inf,
+        "seq_idx": None,
+        "sequences": 0,
+        "reverse": False,
+        "checkpoints": True,
+    }
+
+
+def _ssd_packed(device):
+    packed = {
+        "seq_idx": torch.tensor([[0, 0, 0, 2, 2, 2, 2, -1, -1]], dtype=torch.int32, device=device),
+        "initial_states": _randn(device, 3, 4, 5, 3),
+        "sequences": 3,
+        "reverse": True,
+        "D": _randn(device, 4, 5),
+    }
+    timed = ("x", "dt", "B", "C", "z")
+    return {name: t[:1] if name in timed else t for name, t in _ssd(device).items()} | packed
+
+
+def _ssd_backward(device):
+    inputs = _ssd(device)
+    del inputs["checkpoints"]
+    names = list(inputs)
+    before, after = names[: names.index("dt_softplus")], names[names.index("dt_softplus") :]
+    return {
+        "dout": _randn(device, 2, 9, 4, 5),
+        "dlast_states": _randn(device, 2, 4, 5, 3),
+        **{name: inputs[name] for name in before},
+        "checkpoints": inputs["initial_states"].unsqueeze(1).contiguous(),
+        **{name: inputs[name] for name in after},
+        "deterministic": True,
+    }
+
+
 def _without(sample, *names):
     return lambda device: sample(device) | dict.fromkeys(names)
 
@@ -230,9 +280,19 @@ SAMPLES = {
             | {"has_residual": False}
         ),
     ],
+    "ssd_forward": [
+        _ssd,
+        _ssd_packed,
+        _without(_ssd, "D", "z", "dt_bias", "initial_states"),
+    ],
+    "ssd_backward": [
+        _ssd_backward,
+        _without(_ssd_backward, "D", "z", "dt_bias", "initial_states", "dlast_states"),
+    ],
 }
 DIFFERENTIABLE = (
     "selective_scan_forward",
+    "ssd_forward",
     "causal_conv1d_forward",
     "layer_norm_forward",
     "layer_norm_branches_forward",
@@ -315,6 +375,24 @@ BAD = {
         "dout": [_wider, _half],
         "dlast_state": [_wider, _half],
         "delta": [_wider, _half],
+        "checkpoints": [_wider, _half],
+    },
+    "ssd_forward": {
+        "x": [_flat, _integer, _complex],
+        "dt": [_wider, _half],
+        "A": [_wider, _half],
+        "B": [_flat, _taller, _half],
+        "C": [_flat, _wider, _half],
+        "D": [_wider, _half],
+        "z": [_wider, _half],
+        "dt_bias": [_wider, _half],
+        "initial_states": [_wider, _half],
+        "sequences": [lambda sequences: -1],
+    },
+    "ssd_backward": {
+        "dout": [_wider, _half],
+        "dlast_states": [_wider, _half],
+        "dt": [_wider, _half],
         "checkpoints": [_wider, _half],
     },
     "causal_conv1d_forward": {
