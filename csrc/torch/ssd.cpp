@@ -47,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> ssd_forward(const Tensor& x, const Tensor& dt
   params.in = ssd_inputs(kOp, x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min,
                          dt_max, seq_idx, sequences, reverse);
   const DeviceScope scope(x);
-  const std::int64_t batch = x.size(0), length = x.size(1), heads = x.size(2),
-                     headdim = x.size(3), d_state = B.size(3);
+  const std::int64_t batch = x.size(0), length = x.size(1), heads = x.size(2), headdim = x.size(3),
+                     d_state = B.size(3);
   const Scalar state = accumulator_of(x);
   Tensor out = empty(x, {batch, length, heads, headdim}, x.scalar_type());
   Tensor last_states =
@@ -70,8 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& dout, const Optional& dlast_states, const Tensor& x, const Tensor& dt,
     const Tensor& A, const Tensor& B, const Tensor& C, const Optional& D, const Optional& z,
     const Optional& dt_bias, const Optional& initial_states, const Tensor& checkpoints,
-    bool dt_softplus, double dt_min, double dt_max, const Optional& seq_idx,
-    std::int64_t sequences, bool reverse, bool deterministic) {
+    bool dt_softplus, double dt_min, double dt_max, const Optional& seq_idx, std::int64_t sequences,
+    bool reverse, bool deterministic) {
   constexpr char kOp[] = "ssd_backward";
   ssd::BackwardParams params;
   params.in = ssd_inputs(kOp, x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min,
