@@ -13,6 +13,7 @@ from torch import nn
 
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.modules.block import Block
+from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.modules.mha import MHA
 from mamba_ssm.modules.mlp import GatedMLP
@@ -20,7 +21,7 @@ from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn
 from mamba_ssm.utils.generation import GenerationMixin
 from mamba_ssm.utils.hf import CONFIG, load_config_hf, load_state_dict_hf, save_state_dict_hf
 
-MIXERS = {"Mamba1": Mamba}
+MIXERS = {"Mamba1": Mamba, "Mamba2": Mamba2}
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 

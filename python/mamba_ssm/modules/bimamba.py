@@ -1,8 +1,7 @@
 """Mamba in both directions of time, the base of bidirectional models: images, genomes, EEG, encoders."""
 
-import torch.nn.functional as F
-
 from mamba_ssm.modules.mamba_simple import Mamba, scan_projected
+from mamba_ssm.ops.anticausal_conv1d import anticausal_conv1d_fn
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn
 
 
@@ -33,6 +32,10 @@ class BiMamba(Mamba):
             return self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
         return self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
 
+    def _convolve(self, function, x, conv1d, seq_idx):
+        weight = conv1d.weight.squeeze(1)
+        return function(x, weight, conv1d.bias, seq_idx=seq_idx, activation=self.activation)
+
     def forward(self, hidden_states, inference_params=None, seq_idx=None):
         """(B, L, d_model) -> (B, L, d_model).
 
@@ -45,10 +48,10 @@ class BiMamba(Mamba):
                 "expected inference_params=None"
             )
         x, z = self._input(hidden_states).chunk(2, dim=1)
-        u = _convolve(x, self.conv1d, self.activation, seq_idx)
+        u = self._convolve(causal_conv1d_fn, x, self.conv1d, seq_idx)
         y = scan_projected(u, z, self.x_proj, self.dt_proj, self.A_log, self.D, seq_idx=seq_idx)
         conv1d, *projections = self._backward_weights()
-        u = _convolve_reversed(x, conv1d, self.activation, seq_idx)
+        u = self._convolve(anticausal_conv1d_fn, x, conv1d, seq_idx)
         y = y + scan_projected(u, z, *projections, reverse=True, seq_idx=seq_idx)
         if self.divide_out:
             y = y / 2
@@ -59,24 +62,3 @@ class BiMamba(Mamba):
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         raise ValueError("BiMamba has no cache: every output depends on what comes later")
-
-
-def _convolve(x, conv1d, activation, seq_idx):
-    weight = conv1d.weight.squeeze(1)
-    return causal_conv1d_fn(x, weight, conv1d.bias, seq_idx=seq_idx, activation=activation)
-
-
-def _convolve_reversed(x, conv1d, activation, seq_idx):
-    """The convolution of the time-reversed x, reversed back: out[l] = sum_w weight[w] x[l + W-1-w].
-
-    With its taps reversed, the causal convolution gives at l + W-1 what is wanted at l, so that W-1 zeros behind x
-    are all that has to be copied. Packed sequences end at their own places: there x is flipped, twice.
-    """
-    weight = conv1d.weight.squeeze(1)
-    if seq_idx is not None:
-        flipped = _convolve(x.flip(-1), conv1d, activation, seq_idx.flip(-1))
-        return flipped.flip(-1)
-    reach = weight.shape[1] - 1
-    padded = F.pad(x, (0, reach))
-    out = causal_conv1d_fn(padded, weight.flip(1), conv1d.bias, activation=activation)
-    return out[..., reach:]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mamba_ssm.modules.block import Block as Block
+from mamba_ssm.modules.cache import states_of_layer
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.mamba_inner import mamba_inner_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -225,12 +226,4 @@ class Mamba(nn.Module):
         return zeros(self.d_conv, self.conv1d.weight), zeros(self.d_state, self.dt_proj.weight)
 
     def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):
-        assert self.layer_idx is not None, "a cache needs layer_idx"
-        cache = inference_params.key_value_memory_dict
-        states = cache.get(self.layer_idx)
-        if states is None or states[0].shape[0] != batch_size:
-            states = cache[self.layer_idx] = self.allocate_inference_cache(batch_size, max_seqlen=1)
-        elif initialize_states:
-            for state in states:
-                state.zero_()
-        return states
+        return states_of_layer(self, inference_params, batch_size, initialize_states)

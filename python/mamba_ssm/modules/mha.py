@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mamba_ssm.modules.cache import states_of_layer
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
 
@@ -103,16 +104,6 @@ class MHA(nn.Module):
         conv_state = torch.zeros(conv_shape, **options) if self.d_conv > 0 else None
         return torch.zeros(kv_shape, **options), conv_state
 
-    def _cache(self, inference_params, batch_size):
-        assert self.layer_idx is not None, "a cache needs layer_idx"
-        cache = inference_params.key_value_memory_dict
-        states = cache.get(self.layer_idx)
-        if states is None or states[0].shape[0] != batch_size:
-            states = cache[self.layer_idx] = self.allocate_inference_cache(
-                batch_size, inference_params.max_seqlen
-            )
-        return states
-
     def forward(self, x, inference_params=None):
         """(B, L, embed_dim) -> (B, L, embed_dim); with inference_params the cache is written or continued.
 
@@ -122,7 +113,7 @@ class MHA(nn.Module):
         kv_cache = conv_state = lengths = None
         offset = 0
         if inference_params is not None:
-            kv_cache, conv_state = self._cache(inference_params, batch)
+            kv_cache, conv_state = states_of_layer(self, inference_params, batch)
             offset = inference_params.seqlen_offset
             if offset > 0:
                 lengths = inference_params.lengths_per_sample

@@ -13,6 +13,22 @@ def check_tensor(op, name, tensor, axes):
         raise RuntimeError(f"{op}: {name} must have shape ({axes}), got {tuple(tensor.shape)}")
 
 
+def check_shapes(op, expected):
+    """expected: (name, tensor or None, sizes); a size given as a letter may be any."""
+    for name, tensor, sizes in expected:
+        if tensor is None:
+            continue
+        fits = tensor.dim() == len(sizes) and all(
+            isinstance(size, str) or size == actual
+            for size, actual in zip(sizes, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise RuntimeError(
+                f"{op}: {name} must have shape ({', '.join(map(str, sizes))}), "
+                f"got {tuple(tensor.shape)}"
+            )
+
+
 def check_filled(op, name, tensor, shape, like, dtype=None):
     """For a result of the caller's: strides are free, shape, dtype (like's by default) and like's device are not."""
     if not isinstance(tensor, torch.Tensor):

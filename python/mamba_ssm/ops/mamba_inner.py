@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from mamba_ssm.native import selective_scan as native
 from mamba_ssm.native import vmap
+from mamba_ssm.native.arguments import check_shapes
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
+from mamba_ssm.ops.recompute import gradients, graph
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 from mamba_ssm.utils.determinism import use_deterministic_mode
@@ -120,27 +122,6 @@ def _scan_backward(dout, u, delta, A, B, C, D, z, delta_bias, checkpoints, softp
     return du, ddelta, dB, dC, dD, dz, ddelta_bias, dA
 
 
-def _graph(function, tensors, needed):
-    """function(*tensors) with a graph of its own, and its leaves; those needed have gradients."""
-    with torch.enable_grad():
-        leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(need)
-            for tensor, need in zip(tensors, needed, strict=True)
-        ]
-        return function(*leaves), leaves
-
-
-def _gradients(outputs, gradients, leaves):
-    """Gradients of a `_graph`'s leaves, None for those not needed."""
-    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
-    needed = [leaf is not None and leaf.requires_grad for leaf in leaves]
-    if not pairs or not any(needed):
-        return [None] * len(leaves)
-    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
-    return [next(found) if need else None for need in needed]
-
-
 class MambaInnerFn(torch.autograd.Function):
     """Keeps neither u, delta, B nor C for the backward pass, which computes them again.
 
@@ -204,8 +185,8 @@ class MambaInnerFn(torch.autograd.Function):
                 dout_proj_weight, dy, dout_proj_bias = _project_backward(
                     dy, out_proj_weight, y, True, (need[5], True, need[6])
                 )
-            u, convolution = _graph(_convolve, convolution, need[:3])
-            inputs, projections = _graph(
+            u, convolution = graph(_convolve, convolution, need[:3])
+            inputs, projections = graph(
                 functools.partial(_scan_inputs, A, ctx.eps),
                 (u, *projections),
                 (True, *need[3:5], *need[8:10], *need[12:14], *need[16:19]),
@@ -221,10 +202,10 @@ class MambaInnerFn(torch.autograd.Function):
                     grads[index] += others.pop(0)
             du, ddelta, dB, dC, dD, dz, ddelta_bias = grads
             del dy, delta, B, C, rest, grads
-            du_projected, *dprojections = _gradients(inputs, (ddelta, dB, dC), projections)
+            du_projected, *dprojections = gradients(inputs, (ddelta, dB, dC), projections)
             du += du_projected
             del inputs, ddelta, du_projected
-            dx, dconv1d_weight, dconv1d_bias = _gradients((u,), (du,), convolution)
+            dx, dconv1d_weight, dconv1d_bias = gradients((u,), (du,), convolution)
             del u, du
         dx_proj, ddelta_proj, dB, dC, dB_bias, dC_bias, db_rms, dc_rms, ddt_rms = dprojections
         return (
@@ -290,22 +271,6 @@ def _plain_graph(
     return _Project.apply(out_proj_weight, y, out_proj_bias, True)
 
 
-def _check(function, expected):
-    """expected: (name, tensor or None, sizes); a size given as a letter may be any."""
-    for name, tensor, sizes in expected:
-        if tensor is None:
-            continue
-        fits = tensor.dim() == len(sizes) and all(
-            isinstance(size, str) or size == actual
-            for size, actual in zip(sizes, tensor.shape, strict=True)
-        )
-        if not fits:
-            raise RuntimeError(
-                f"{function}: {name} must have shape ({', '.join(map(str, sizes))}), "
-                f"got {tuple(tensor.shape)}"
-            )
-
-
 def _inner(
     function,
     xz,
@@ -332,7 +297,7 @@ def _inner(
 ):
     """Checks and prepares the arguments, and chooses between `MambaInnerFn` and a plain graph."""
     assert checkpoint_lvl in (0, 1), f"checkpoint_lvl must be 0 or 1, got {checkpoint_lvl}"
-    _check(function, [("A", A, "DN"), ("delta_proj_weight", delta_proj_weight, "Dr")])
+    check_shapes(function, [("A", A, "DN"), ("delta_proj_weight", delta_proj_weight, "Dr")])
     dim, d_state = A.shape
     width = d_state * (2 if A.is_complex() else 1)
     rows = delta_proj_weight.shape[1] + width * sum(given is None for given in (B, C))
@@ -360,9 +325,9 @@ def _inner(
                 f"{function}: {name.lower()}_rms_weight needs a {name} that varies with time, "
                 f"got a static one of shape {tuple(given.shape)}"
             )
-    _check(function, expected)
+    check_shapes(function, expected)
     if out_proj_bias is not None:
-        _check(function, [("out_proj_bias", out_proj_bias, (out_proj_weight.shape[0],))])
+        check_shapes(function, [("out_proj_bias", out_proj_bias, (out_proj_weight.shape[0],))])
 
     dtype = xz.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(xz.device.type):

@@ -1,13 +1,8 @@
 """Products within chunks, in plain PyTorch: a piece of the chunked scan for code that takes it apart."""
 
 import torch
-import torch.nn.functional as F
 
-
-def _chunks_of(tensor, chunk_size):
-    """(B, L, ...) as (B, chunks, chunk_size, ...), zero beyond L."""
-    tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, -tensor.shape[1] % chunk_size))
-    return tensor.unflatten(1, (tensor.shape[1] // chunk_size, chunk_size))
+from mamba_ssm.ops.chunks import ids_in_chunks, in_chunks, store, wide
 
 
 def _bmm_chunk_fwd(a, b, chunk_size, seq_idx=None, causal=False, output_dtype=None):
@@ -18,12 +13,11 @@ def _bmm_chunk_fwd(a, b, chunk_size, seq_idx=None, causal=False, output_dtype=No
     With causal, what is above the diagonal is not defined.
     """
     output_dtype = a.dtype if output_dtype is None else output_dtype
-    dtype = torch.promote_types(a.dtype, torch.float32)
     has_groups = a.dim() == 4
-    a, b = (_chunks_of(t.to(dtype), chunk_size) for t in (a, b))
+    a, b = (in_chunks(wide(t), chunk_size) for t in (a, b))
     out = torch.einsum("bclgk,bcsgk->bcgls" if has_groups else "bclk,bcsk->bcls", a, b)
     if seq_idx is not None:
-        ids = _chunks_of(seq_idx, chunk_size)
+        ids, _, _ = ids_in_chunks(seq_idx, chunk_size)
         same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
         out = out * (same.unsqueeze(2) if has_groups else same)
     return out.to(output_dtype)
@@ -35,9 +29,7 @@ def _bmm_chunk_bwd(a, dout, residual=None, out=None):
     a: (B, L, K) or (B, L, G, K); dout: as `_bmm_chunk_fwd` returns it; residual: added, shaped as a. Returns a's shape
     and dtype, in `out` if given.
     """
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    wide = _chunks_of(a.to(dtype), dout.shape[-1])
+    rows = in_chunks(wide(a), dout.shape[-1])
     formula = "bcgls,bclgk->bcsgk" if a.dim() == 4 else "bcls,bclk->bcsk"
-    grad = torch.einsum(formula, dout.to(dtype), wide).flatten(1, 2)[:, : a.shape[1]]
-    grad = (grad if residual is None else grad + residual.to(dtype)).to(a.dtype)
-    return grad if out is None else out.copy_(grad)
+    grad = torch.einsum(formula, dout.to(rows.dtype), rows).flatten(1, 2)[:, : a.shape[1]]
+    return store((grad if residual is None else grad + residual.to(grad.dtype)).to(a.dtype), out)

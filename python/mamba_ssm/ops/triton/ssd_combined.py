@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from mamba_ssm._lazy import attach
 from mamba_ssm.native import ssd as native
 from mamba_ssm.native import vmap
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -180,3 +181,35 @@ def ssd_selective_scan(
         z=None if z is None else channels(z).to(dtype),
     )
     return out.transpose(1, 2).unflatten(2, (heads, headdim)).to(x.dtype)
+
+
+# What callers find in upstream's module and lives elsewhere.
+__getattr__, _elsewhere = attach(
+    __name__,
+    functions={
+        **dict.fromkeys(
+            (
+                "MambaSplitConv1dScanCombinedFn",
+                "mamba_conv1d_scan_ref",
+                "mamba_split_conv1d_scan_combined",
+                "mamba_split_conv1d_scan_ref",
+            ),
+            "mamba_ssm.ops.mamba_split",
+        ),
+        **dict.fromkeys(
+            (
+                "_chunk_scan_chunk_state_bwd_dx",
+                "_mamba_chunk_scan_combined_bwd",
+                "_mamba_chunk_scan_combined_fwd",
+                "ensure_stride",
+                "selective_scan_bwd",
+            ),
+            "mamba_ssm.ops.ssd_pieces",
+        ),
+    },
+    submodules=(),
+)
+
+
+def __dir__():
+    return sorted({*globals(), *_elsewhere()})
