@@ -11,6 +11,7 @@ from mamba_ssm import cli
 from mamba_ssm.cli import demo, language_model
 from mamba_ssm.cli.language_model import Settings, Training
 from mamba_ssm.cli.witten_bell import WittenBell
+from mamba_ssm.modules.mamba2 import Mamba2
 
 TINY = ["--steps", "12", "--d-model", "16", "--layers", "1", "--length", "16", "--batch", "2"]
 
@@ -140,6 +141,22 @@ def test_winning_leaves_everything(run, tmp_path, capsys):
     assert 64 < len(sample) <= 64 + demo.SAMPLE_BYTES  # bytes of one character may stand together
 
 
+@pytest.mark.parametrize("width", [16, 48, 192])
+def test_mamba2_layers_of_any_width(width):
+    settings = Settings(width, 1, 8, 2, 1, 1e-3, 0, "mamba2")
+    training = Training(settings, b"0123456789" * 20, 180, "cpu")
+    mixer = training.model.backbone.layers[0].mixer
+    assert isinstance(mixer, Mamba2) and mixer.headdim * mixer.nheads == 2 * width
+    assert training.step() > 0
+
+
+def test_the_architecture_is_one_of_the_settings(run, tmp_path, refusal):
+    status, result = run(tmp_path / "out", "--arch", "mamba2")
+    assert status == 1 and len(result["losses"]) == 12
+    text = ("--text", str(tmp_path / "text"))
+    assert "keeps arch = mamba2" in refusal(tmp_path / "out", *text, "--arch", "mamba1")
+
+
 def test_interruption_and_resume_give_the_same_numbers(run, tmp_path, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGINT)
     _, whole = run(tmp_path / "whole")
@@ -194,6 +211,7 @@ def test_resume_refuses_another_text(tmp_path, refusal):
 
 @pytest.mark.gpu
 def test_demo_on_cuda(run, tmp_path):
-    status, result = run(tmp_path / "out", "--device", "cuda")
-    assert status == 1  # twelve tiny steps do not win
-    assert len(result["losses"]) == 12
+    for arch in ("mamba1", "mamba2"):
+        status, result = run(tmp_path / arch, "--device", "cuda", "--arch", arch)
+        assert status == 1  # twelve tiny steps do not win
+        assert len(result["losses"]) == 12

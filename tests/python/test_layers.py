@@ -15,7 +15,9 @@ FUNCTIONS = {
         name: getattr(mamba_ssm, name)
         for name in (
             "falcon_mamba_inner_fn",
+            "mamba_chunk_scan_combined",
             "mamba_inner_fn",
+            "mamba_split_conv1d_scan_combined",
             "selective_scan_fn",
             "selective_state_update",
         )

@@ -15,6 +15,7 @@ Mamba's selective state spaces as native kernels for CPU and CUDA, without Trito
 start here:
   python -m mamba_ssm demo                  train a small language model on this CPU (3 minutes)
   python -m mamba_ssm demo --device cuda    the same on the GPU
+  python -m mamba_ssm demo --arch mamba2    the same with Mamba-2 layers
   python -m mamba_ssm verify                do the layers compute what they should, here?
   python -m mamba_ssm bench --device cuda   how fast the kernels are, and how fast they could be
   python -m mamba_ssm bench --lengths       the layer against its length, with a picture

@@ -32,7 +32,9 @@ SETTINGS = (
     ("--batch", int, 8, "rows in a step"),
     ("--learning-rate", float, 3e-3, "peak of the schedule"),
     ("--seed", int, 0, "of weights, data order and sample"),
+    ("--arch", str, "mamba1", "kind of layer: mamba1 or mamba2"),
 )
+CHOICES = {"--arch": ("mamba1", "mamba2")}
 
 
 def add_arguments(parser):
@@ -45,7 +47,9 @@ def add_arguments(parser):
     )
     parser.add_argument("--text", type=Path, help="learn this file instead")
     for option, kind, default, text in SETTINGS:
-        parser.add_argument(option, type=kind, help=f"{text} (default: {default})")
+        parser.add_argument(
+            option, type=kind, choices=CHOICES.get(option), help=f"{text} (default: {default})"
+        )
 
 
 def read_text(path):
@@ -156,7 +160,7 @@ def run(options):
     settings = training.settings
     print(
         f"text: {split:,} bytes to learn, {len(text) - split:,} held out\n"
-        f"model: {settings.layers} Mamba layers of width {settings.d_model}, "
+        f"model: {settings.layers} {settings.arch} layers of width {settings.d_model}, "
         f"{training.parameter_count():,} parameters\n"
         f"training: {settings.steps} steps of {settings.batch} x {settings.length} bytes on "
         f"{options.device}, {torch.get_num_threads()} CPU threads",

@@ -27,6 +27,13 @@ class Settings:
     steps: int
     learning_rate: float
     seed: int
+    arch: str = "mamba1"
+
+    def ssm_cfg(self):
+        """The layers that arch names; heads of 64 channels where the width allows it."""
+        if self.arch == "mamba1":
+            return {}
+        return {"layer": "Mamba2", "d_state": 64, "headdim": math.gcd(64, 2 * self.d_model)}
 
 
 class Training:
@@ -48,7 +55,12 @@ class Training:
         self.held_out = []  # (step, bits per byte)
         self.data_order = torch.Generator().manual_seed(settings.seed)
         torch.manual_seed(settings.seed)
-        config = MambaConfig(d_model=settings.d_model, n_layer=settings.layers, vocab_size=256)
+        config = MambaConfig(
+            d_model=settings.d_model,
+            n_layer=settings.layers,
+            vocab_size=256,
+            ssm_cfg=settings.ssm_cfg(),
+        )
         self.model = MambaLMHeadModel(config, device=self.device)
         kept = [p for p in self.model.parameters() if p.dim() < 2 or hasattr(p, "_no_weight_decay")]
         decayed = [p for p in self.model.parameters() if not any(p is k for k in kept)]

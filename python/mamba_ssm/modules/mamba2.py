@@ -189,11 +189,7 @@ class Mamba2(nn.Module, PyTorchModelHubMixin):
         cu_seqlens: (S + 1) int32 or int64, batch 1, where they begin and the last one ends; either is enough. With
         inference_params it takes cu_seqlens, and the cache has a row for each sequence.
         """
-        if seqlen is not None:
-            u = u.unflatten(0, (u.shape[0] // seqlen, seqlen))
-        batch, length, _ = u.shape
-        if cu_seqlens is not None and seq_idx is None:
-            seq_idx, _ = sequence_of_steps("Mamba2", cu_seqlens, batch, length, u.device)
+        u, seq_idx = self._sequences(u, seqlen, seq_idx, cu_seqlens)
         states = None
         if inference_params is not None:
             if seq_idx is not None and cu_seqlens is None:
@@ -201,7 +197,7 @@ class Mamba2(nn.Module, PyTorchModelHubMixin):
                     "a cache has a row for each packed sequence: Mamba2 needs cu_seqlens beside "
                     "seq_idx and inference_params, got None"
                 )
-            rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+            rows = len(u) if cu_seqlens is None else len(cu_seqlens) - 1
             states = self._get_states_from_cache(inference_params, rows)
             if inference_params.seqlen_offset > 0:
                 return self.step(u, *states)[0]
@@ -211,6 +207,14 @@ class Mamba2(nn.Module, PyTorchModelHubMixin):
         else:
             out = self._unfused(zxbcdt, seq_idx, cu_seqlens, states)
         return out if seqlen is None else out.flatten(0, 1)
+
+    def _sequences(self, u, seqlen, seq_idx, cu_seqlens):
+        """(u (B, L, d_model), seq_idx or None) of `forward`'s arguments."""
+        if seqlen is not None:
+            u = u.unflatten(0, (u.shape[0] // seqlen, seqlen))
+        if cu_seqlens is not None and seq_idx is None:
+            seq_idx, _ = sequence_of_steps(type(self).__name__, cu_seqlens, *u.shape[:2], u.device)
+        return u, seq_idx
 
     def _fused(self, zxbcdt, seq_idx):
         norm = {}
