@@ -1,4 +1,4 @@
-"""transformers' models of the Mamba-1 family, built small and random, on our kernels and on transformers' own formulas."""
+"""transformers' models of the Mamba families, built small and random, on our kernels and on transformers' own formulas."""
 
 import importlib
 import importlib.util
@@ -43,19 +43,91 @@ ATTENTION_TOO = {
     "initializer_range": 0.3,
     **IDS,
 }
+HEADS = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "conv_kernel": 4, "chunk_size": 8}
+ATTENTION = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    **IDS,
+}
+HYBRID = ATTENTION | {
+    "num_hidden_layers": 3,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+KINDS = ["linear_attention", "full_attention", "linear_attention"]
+# After a colon: a variant of the model before it.
 FAMILIES = {
     "mamba": ("Mamba", MIXER),
-    "mamba_bias": ("Mamba", MIXER | {"use_bias": True, "use_conv_bias": False}),
+    "mamba:bias": ("Mamba", MIXER | {"use_bias": True, "use_conv_bias": False}),
     "falcon_mamba": ("FalconMamba", MIXER),
     "jamba": ("Jamba", ATTENTION_TOO),
+    "mamba2": ("Mamba2", MIXER | HEADS),
+    "mamba2:bias": ("Mamba2", MIXER | HEADS | {"use_bias": True, "time_step_limit": (0.01, 0.05)}),
+    "bamba": ("Bamba", HYBRID | {"attn_layer_indices": [1]}),
+    "zamba2": (
+        "Zamba2",
+        ATTENTION
+        | {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+            "num_key_value_heads": 4,
+            "n_mamba_heads": 4,
+            "mamba_d_state": 8,
+            "mamba_ngroups": 2,
+            "chunk_size": 8,
+            "adapter_rank": 4,
+            "num_mem_blocks": 1,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        ATTENTION
+        | {
+            "layers_block_type": [*KINDS, "mlp"],
+            "head_dim": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "ssm_state_size": 8,
+            "chunk_size": 8,
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        HYBRID | {"layer_types": KINDS, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "falcon_h1": ("FalconH1", HYBRID | {"mamba_d_ssm": 64, "mamba_n_groups": 2}),
+    "falcon_h1:norm": (
+        "FalconH1",
+        HYBRID
+        | {
+            "mamba_d_ssm": 64,
+            "mamba_n_groups": 2,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+        },
+    ),
 }
-SCAN = {"causal_conv1d_forward", "selective_scan_forward"}
-SCAN_BACKWARD = {"causal_conv1d_backward", "selective_scan_backward"}
+SECOND = FAMILIES.keys() - {"mamba", "mamba:bias", "falcon_mamba", "jamba"}
 STEP = {"causal_conv1d_update", "selective_state_update"}
 
 
+def scan_of(family, direction="forward"):
+    """The native operations of a whole sequence."""
+    return {
+        f"causal_conv1d_{direction}",
+        f"{'ssd' if family in SECOND else 'selective_scan'}_{direction}",
+    }
+
+
 def modeling(family):
-    name = family.removesuffix("_bias")
+    name = family.partition(":")[0]
     return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
@@ -137,7 +209,9 @@ def assert_equal(got, expected):
 FUNCTIONS = {
     "causal_conv1d_fn": "causal_conv1d",
     "causal_conv1d_update": "causal_conv1d",
+    "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
     "mamba_inner_fn": "mamba_ssm.ops.selective_scan_interface",
+    "mamba_split_conv1d_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
     "selective_scan_fn": "mamba_ssm.ops.selective_scan_interface",
     "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
 }
@@ -179,14 +253,27 @@ def test_forward_and_backward_run_on_native_operations(family, device, tokens, m
         loss = model(tokens, labels=tokens, use_cache=False).loss
     with NativeOperations() as backward:
         loss.backward()
-    assert forward.names >= SCAN and backward.names >= SCAN_BACKWARD
+    assert forward.names >= scan_of(family)
+    assert backward.names >= scan_of(family, "backward")
+
+
+@pytest.mark.parametrize("family", sorted(SECOND))
+def test_training_takes_the_fused_function(family, device, tokens):
+    output = build(family, modeling(family), device).train()(tokens, use_cache=False)
+    names, open_nodes = set(), [output.logits.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in names:
+            names |= {node, node.name()}
+            open_nodes += [following for following, _ in node.next_functions if following]
+    assert "MambaSplitConv1dScanCombinedFnBackward" in names
 
 
 def test_generate_runs_on_native_operations(family, device, tokens):
     model = build(family, modeling(family), device).eval()
     with NativeOperations() as operations:
         model.generate(tokens, max_new_tokens=3, do_sample=False)
-    assert operations.names >= SCAN | STEP
+    assert operations.names >= scan_of(family) | STEP
 
 
 def test_the_slow_path_has_no_native_operation(family, device, tokens, slow):
@@ -230,6 +317,8 @@ def test_falcon_mamba_trains_with_delta_normalised_after_its_projection(
 
 @pytest.mark.parametrize("padding", [0, 4], ids=["whole", "left_padded"])
 def test_generate_agrees_with_the_slow_path(family, device, tokens, slow, padding):
+    if family == "falcon_h1:norm" and padding:
+        pytest.skip("transformers 5.17 fails by itself: keys and mask differ in length")
     fast_model = build(family, modeling(family), device).eval()
     slow_model = build(family, slow(family), device, fast_model.state_dict()).eval()
     mask = torch.ones_like(tokens)
@@ -306,5 +395,5 @@ def test_accelerate_trains(device, kind, precision):
             optimizer.step()
             losses.append(loss.item())
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert batch.device.type == device and operations.names >= SCAN
+    assert batch.device.type == device and operations.names >= scan_of("mamba")
     assert losses[0] > 3.0 and losses[-1] < 0.3, losses
