@@ -13,6 +13,7 @@ from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba2_simple import Mamba2Simple
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_ref
 from mamba_ssm.ops.triton.ssd_combined import ssd_selective_scan
+from mamba_ssm.utils.determinism import set_deterministic_mode
 from mamba_ssm.utils.generation import InferenceParams
 
 SMALL = {"d_model": 24, "d_state": 10, "headdim": 8}
@@ -294,6 +295,55 @@ def test_step_compiles_to_one_graph(device):
             token = torch.randn(2, 1, 24, device=device)
             torch.testing.assert_close(compiled(token, *got)[0], model.step(token, *expected)[0])
     torch.testing.assert_close(got, expected)
+
+
+def test_exports(device):
+    model = Mamba2(**SMALL).to(device)
+    length = torch.export.Dim("length", min=2, max=100)
+    exported = torch.export.export(
+        model, (torch.randn(2, 9, 24, device=device),), dynamic_shapes={"u": {1: length}}
+    )
+    u = torch.randn(2, 31, 24, device=device)
+    torch.testing.assert_close(exported.module()(u), model(u))
+
+
+def test_gradients_for_each_sample(device):
+    """torch.func over the layer: vmap of its gradient is the gradient of each row."""
+    model = Mamba2(**SMALL).to(device)
+    u = torch.randn(3, 5, 24, device=device)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row.unsqueeze(0),)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, u)
+    for i, row in enumerate(u):
+        rows = torch.autograd.grad(loss(parameters, row), parameters.values())
+        for name, grad in zip(parameters, rows, strict=True):
+            torch.testing.assert_close(each[name][i], grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_mode_gives_the_same_bits(device, dtype):
+    """And results near those of the default mode."""
+    model = Mamba2(64, d_state=16, headdim=64, chunk_size=16).to(device, dtype)
+    u = torch.randn(4, 300, 64, device=device, dtype=dtype, requires_grad=True)
+
+    def run():
+        out = model(u)
+        return out, *torch.autograd.grad(out.sum(), [u, *model.parameters()])
+
+    default = run()
+    set_deterministic_mode(True)
+    try:
+        first, *others = (run() for _ in range(5))
+    finally:
+        set_deterministic_mode(None)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    for a, b in zip(first, default, strict=True):
+        scale = b.float().abs().max().item()
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * scale)
 
 
 def test_bad_widths_are_refused():

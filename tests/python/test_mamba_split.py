@@ -1,11 +1,15 @@
 """mamba_split_conv1d_scan_combined against its reference, and what it keeps between the passes."""
 
+import functools
 import gc
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bad_calls import FAULTS, SHAPES, assert_refused, spoil, thousand_examples
+from hypothesis import given
+from hypothesis import strategies as st
 from mamba_ssm.ops.mamba_split import conv1d_scan
 from mamba_ssm.ops.triton.ssd_combined import (
     MambaSplitConv1dScanCombinedFn,
@@ -234,28 +238,26 @@ def test_nothing_but_the_arguments_is_kept(device):
 
 @pytest.mark.gpu
 def test_memory_of_a_training_step():
-    """Kept: nothing beside zxbcdt and the result. Most at once: ten times the bytes of x, upstream's way about nine."""
+    """Kept: nothing beside the arguments and the result. Most at once: ten times the bytes of x."""
     heads, headdim, d_state, length = 24, 64, 128, 2048
-    dim = heads * headdim
     tensors, options = problem(
-        "cuda", torch.bfloat16, heads, headdim, 1, d_state, length=length, out=False
+        "cuda", torch.bfloat16, heads, headdim, 1, d_state, length=length, out=False, norm=False
     )
     leaves = {name: t.requires_grad_() for name, t in tensors.items() if t is not None}
 
     def step():
-        out = mamba_split_conv1d_scan_combined(**leaves, **options, chunk_size=256)
-        return out
+        return mamba_split_conv1d_scan_combined(**leaves, **options, chunk_size=256)
 
     torch.autograd.grad(step().sum(), leaves.values())  # what libraries allocate once
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     out = step()
-    one = 2 * length * dim * 2
-    assert torch.cuda.memory_allocated() - before <= 1.01 * one
+    x_bytes = 2 * length * heads * headdim * 2
+    assert torch.cuda.memory_allocated() - before <= 1.01 * x_bytes
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(out, leaves.values(), torch.ones_like(out))
-    assert torch.cuda.max_memory_allocated() - before < 16 * one
+    assert torch.cuda.max_memory_allocated() - before < 10 * x_bytes
 
 
 @pytest.mark.parametrize("empty", [(0, 5), (2, 0)], ids=str)
@@ -319,6 +321,54 @@ def test_errors():
     assert "needs outproj_weight" in message(ValueError, outproj_weight=None)
     assert "activation" in message(NotImplementedError, activation="gelu")
     assert "seq_idx" in message(seq_idx=torch.zeros(2, 5, dtype=torch.int32))
+
+
+NAMES = (
+    "zxbcdt",
+    "conv1d_weight",
+    "weight",
+    "conv1d_bias",
+    "bias",
+    "dt_bias",
+    "dt",
+    "A",
+    "D",
+    "initial_states",
+    "rmsnorm_weight",
+    "outproj_weight",
+    "outproj_bias",
+    "x",
+    "tensors",
+)
+
+
+@st.composite
+def bad_calls(draw):
+    """Arguments by name."""
+    tensors, options = problem(
+        extra=draw(st.sampled_from([0, 3])),
+        length=draw(st.integers(2, 9)),
+        groups=draw(st.sampled_from([1, 2])),
+        d_state=draw(st.integers(2, 5)),
+        channels=draw(st.booleans()),
+    )
+    tensors["initial_states"] = torch.randn(
+        2, 4, 6, (tensors["conv1d_bias"].numel() - 24) // (2 * options["ngroups"])
+    )
+    name, fault = draw(st.sampled_from(list(tensors))), draw(st.sampled_from(FAULTS))
+    axes = {"zxbcdt": [2], "conv1d_weight": [0], "outproj_weight": [1]}.get(name)
+    if name == "conv1d_weight" and fault in SHAPES:
+        fault = "flat"  # one channel more or less may be another number of states
+    if fault == "dtype":
+        fault = "meta"  # parameters are converted
+    return tensors | options | {name: spoil(draw, tensors[name], fault, axes)}
+
+
+@thousand_examples
+@given(bad_calls())
+def test_generated_bad_calls_change_nothing(arguments):
+    function = functools.partial(mamba_split_conv1d_scan_combined, chunk_size=8)
+    assert_refused(function, names=NAMES, **arguments)
 
 
 @pytest.mark.parametrize("recompute", [True, False])

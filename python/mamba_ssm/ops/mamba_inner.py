@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mamba_ssm.native import selective_scan as native
 from mamba_ssm.native import vmap
 from mamba_ssm.native.arguments import check_shapes
+from mamba_ssm.ops.autocast import autocast_dtype, no_autocast
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from mamba_ssm.ops.recompute import gradients, graph
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
@@ -180,7 +181,7 @@ class MambaInnerFn(torch.autograd.Function):
         need = ctx.needs_input_grad
         dout_proj_weight = dout_proj_bias = dA_b = None
         # Tensors of u's size go as soon as they can: six beside xz and y, at the scan, are the most.
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z):
             if out_proj_weight is not None:
                 dout_proj_weight, dy, dout_proj_bias = _project_backward(
                     dy, out_proj_weight, y, True, (need[5], True, need[6])
@@ -329,9 +330,7 @@ def _inner(
     if out_proj_bias is not None:
         check_shapes(function, [("out_proj_bias", out_proj_bias, (out_proj_weight.shape[0],))])
 
-    dtype = xz.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(xz.device.type):
-        dtype = torch.get_autocast_dtype(xz.device.type)
+    dtype = autocast_dtype(xz)
     real_dtype, a_dtype = native.state_dtypes(dtype, A)
 
     def to(dtype, *tensors):

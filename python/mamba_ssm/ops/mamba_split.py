@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mamba_ssm.native import vmap
 from mamba_ssm.native.arguments import check_shapes
 from mamba_ssm.ops.anticausal_conv1d import anticausal_conv1d_fn
+from mamba_ssm.ops.autocast import autocast_dtype
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from mamba_ssm.ops.gated_norm import rmsnorm_fn
 from mamba_ssm.ops.recompute import recomputed
@@ -204,6 +205,11 @@ def _check(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, ou
     check_shapes(op, shapes)
     if bias is not None:
         check_shapes(op, [("outproj_bias", bias, (weight.shape[0],))])
+    for name, tensor, _ in (*shapes, ("outproj_bias", bias, None)):  # the rest the kernels check
+        if tensor is not None and tensor.device != zxbcdt.device:
+            raise RuntimeError(
+                f"{op}: {name} must be on {zxbcdt.device} like zxbcdt, got {tensor.device}"
+            )
 
 
 def mamba_split_conv1d_scan_combined(
@@ -250,9 +256,7 @@ def mamba_split_conv1d_scan_combined(
     weights = (conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight)
     _check(zxbcdt, *weights, outproj, headdim, ngroups)
     if outproj_weight is not None:
-        dtype, device_type = zxbcdt.dtype, zxbcdt.device.type
-        if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
+        dtype = autocast_dtype(zxbcdt)
         outproj = (None if t is None else t.to(dtype) for t in outproj)
     arguments = (
         zxbcdt,

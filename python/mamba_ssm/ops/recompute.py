@@ -2,6 +2,8 @@
 
 import torch
 
+from mamba_ssm.ops.autocast import no_autocast
+
 
 def graph(function, arguments, needed):
     """function(*arguments) with a graph of its own, and its leaves; tensors that are needed have gradients."""
@@ -53,14 +55,15 @@ def gradients_of(function, arguments, names, douts):
     )
 
 
+def _first_tensor(arguments):
+    return next(argument for argument in arguments if isinstance(argument, torch.Tensor))
+
+
 def recomputed(name, function):
     """An autograd.Function of this name that keeps the arguments of function(*arguments) and nothing else.
 
     function returns a tensor or a tuple of them, and casts by itself what autocast would: it runs without.
     """
-
-    def device_type(arguments):
-        return next(a.device.type for a in arguments if isinstance(a, torch.Tensor))
 
     def forward(ctx, *arguments):
         is_tensor = [isinstance(argument, torch.Tensor) for argument in arguments]
@@ -71,7 +74,7 @@ def recomputed(name, function):
         ctx.save_for_backward(
             *(a if tensor else None for a, tensor in zip(arguments, is_tensor, strict=True))
         )
-        with torch.autocast(device_type(arguments), enabled=False):
+        with no_autocast(_first_tensor(arguments)):
             return function(*arguments)
 
     @torch.autograd.function.once_differentiable
@@ -80,7 +83,7 @@ def recomputed(name, function):
             option if saved is None else saved
             for saved, option in zip(ctx.saved_tensors, ctx.options, strict=True)
         ]
-        with torch.autocast(device_type(arguments), enabled=False):
+        with no_autocast(_first_tensor(arguments)):
             outputs, leaves = graph(function, arguments, ctx.needs_input_grad)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             return tuple(gradients(outputs, douts, leaves))
