@@ -1,4 +1,4 @@
-"""The gated RMSNorm of Mamba-2 as a formula."""
+"""The gated RMSNorm of Mamba-2, in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,11 @@ from torch import nn
 
 
 def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+    """norm(x) silu(z), or without norm_before_gate norm(x silu(z)); norm is x / rms(x) weight + bias.
+
+    x, z: (..., N); weight, bias: (N); z and bias may be None. rms is that of each group of group_size features, of all
+    when None, with eps under its root. Computed in float32, returned in x's dtype.
+    """
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     x, weight = x.to(wide), weight.to(wide)
@@ -18,6 +23,8 @@ def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_g
 
 
 class RMSNorm(nn.Module):
+    """`rmsnorm_fn` with a weight of its own, ones before training."""
+
     def __init__(
         self,
         hidden_size,
