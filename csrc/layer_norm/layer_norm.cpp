@@ -208,8 +208,7 @@ void forward(const ForwardParams& params) {
     return;
   }
 #if MAMBA_WITH_CUDA
-  const cuda::ForwardPlan plan = cuda::choose_forward(params);
-  for_dtype(params.x.dtype, [&](auto tag) { cuda::forward<decltype(tag)>(params, plan); });
+  cuda::forward(params, cuda::choose_forward(params));
 #else
   fail(kForward, ": x is on ", name(params.x.device), ", but this library was built without CUDA");
 #endif
@@ -226,8 +225,7 @@ void backward(const BackwardParams& params) {
     return;
   }
 #if MAMBA_WITH_CUDA
-  const cuda::BackwardPlan plan = cuda::choose_backward(params);
-  for_dtype(params.dy.dtype, [&](auto tag) { cuda::backward<decltype(tag)>(params, plan); });
+  cuda::backward(params, cuda::choose_backward(params));
 #endif
 }
 

@@ -48,14 +48,13 @@ ForwardPlan choose_forward(const ForwardParams& params) {
                      moves(params.bias1) && moves(params.y1);
   const bool branches = has_branches(params);
   int vectors = 0;
-  for (const int candidate : {1, 2, 4, 8}) {
+  for (const int candidate : {1, 2, 4}) {
     const std::int64_t threads = threads_for(features, candidate);
     const int index = index_of(kForwardConfigs, candidate, branches);
-    // More vectors a thread mean fewer threads and a cheaper sum, but not when an eighth idles, and
-    // beyond four the registers cost more than that.
+    // More vectors a thread mean fewer threads and a cheaper sum, but not when an eighth idles.
     const bool fills = threads * kVector * candidate <= features + features / 8;
     if (whole && index >= 0 && threads <= kForwardConfigs[index].threads &&
-        (vectors == 0 || (fills && candidate <= 4))) {
+        (vectors == 0 || fills)) {
       vectors = candidate;
     }
   }

@@ -14,7 +14,7 @@ namespace mamba_native::layer_norm::cuda {
 // of elements keep both coalesced.
 inline constexpr int kVector = 4;
 
-// One row = one kernel per dtype of x: a row of the tensor lies in the registers of `threads`
+// One row = one kernel for all dtypes: a row of the tensor lies in the registers of `threads`
 // threads, `vectors` vectors each. The kernel without vectors walks over the tensor's row several
 // times instead; it takes any width, strides and alignment. `branches`: takes what has_branches()
 // says, too; its registers would cost the others their occupancy.
@@ -28,7 +28,6 @@ inline constexpr Config kForwardConfigs[] = {
     {1, 512, false},  // up to 128 features in one warp
     {2, 512, false},  // up to 256, and widths that four vectors a thread would fill badly
     {4, 512, false},  // up to 8192
-    {8, 512, false},  // up to 16384
     {0, 512, false},  // wider, or not made of vectors
     {4, 512, true},   // up to 8192
     {0, 512, true},   // wider, or not made of vectors
@@ -66,10 +65,7 @@ BackwardPlan choose_backward(const BackwardParams& params);
 
 std::int64_t workspace_rows(std::int64_t rows, const mamba_native::cuda::DeviceInfo& device);
 
-// T is the host's type of x: float, Half or BFloat16.
-template <class T>
 void forward(const ForwardParams& params, const ForwardPlan& plan);
-template <class T>
 void backward(const BackwardParams& params, const BackwardPlan& plan);
 
 }  // namespace mamba_native::layer_norm::cuda

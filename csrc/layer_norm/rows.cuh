@@ -16,7 +16,6 @@
 
 namespace mamba_native::layer_norm::cuda {
 
-using mamba_native::cuda::kDTypeOf;
 using mamba_native::cuda::Stored;
 using mamba_native::cuda::to_floats;
 using mamba_native::cuda::warp_sum;
@@ -51,34 +50,32 @@ __device__ __forceinline__ int column_of(int v) {
   return static_cast<int>(v * blockDim.x + threadIdx.x) * kVector;
 }
 
-// The kVector elements of `row` from `column` on; those from `features` on read as 0. `dtype` is
-// rows.dtype, or the same as a constant where the kernel knows it. WHOLE: every tensor moves as
-// vectors and features is a multiple of kVector.
+// The kVector elements of `row` from `column` on; those from `features` on read as 0. WHOLE: every
+// tensor moves as vectors and features is a multiple of kVector.
 template <bool WHOLE>
-__device__ __forceinline__ Vector load_vector(const Rows& rows, DType dtype, std::int64_t row,
-                                              int column, int features) {
+__device__ __forceinline__ Vector load_vector(const Rows& rows, std::int64_t row, int column,
+                                              int features) {
   const bool inside = column < features;
   if constexpr (WHOLE) {
     return mamba_native::cuda::load_stored<kVector>(
-        rows.data, dtype, row * rows.row_stride + column, 1, inside ? kVector : 0, inside);
+        rows.data, rows.dtype, row * rows.row_stride + column, 1, inside ? kVector : 0, inside);
   } else {
-    return mamba_native::cuda::load_stored<kVector>(rows.data, dtype,
+    return mamba_native::cuda::load_stored<kVector>(rows.data, rows.dtype,
                                                     row * rows.row_stride + column * rows.step,
                                                     rows.step, features - column, rows.vectorize);
   }
 }
 
 template <bool WHOLE>
-__device__ __forceinline__ void store_vector(const Rows& rows, DType dtype, std::int64_t row,
-                                             int column, int features,
-                                             const float (&values)[kVector]) {
-  const Vector stored = mamba_native::cuda::to_stored<kVector>(values, dtype);
+__device__ __forceinline__ void store_vector(const Rows& rows, std::int64_t row, int column,
+                                             int features, const float (&values)[kVector]) {
+  const Vector stored = mamba_native::cuda::to_stored<kVector>(values, rows.dtype);
   const bool inside = column < features;
   if constexpr (WHOLE) {
-    mamba_native::cuda::store_stored<kVector>(rows.data, dtype, row * rows.row_stride + column, 1,
-                                              inside ? kVector : 0, inside, stored);
+    mamba_native::cuda::store_stored<kVector>(rows.data, rows.dtype, row * rows.row_stride + column,
+                                              1, inside ? kVector : 0, inside, stored);
   } else {
-    mamba_native::cuda::store_stored<kVector>(rows.data, dtype,
+    mamba_native::cuda::store_stored<kVector>(rows.data, rows.dtype,
                                               row * rows.row_stride + column * rows.step, rows.step,
                                               features - column, rows.vectorize, stored);
   }

@@ -9,10 +9,10 @@
 
 namespace mamba_native::state_update::cuda {
 
-// One row = one kernel per dtype of the state. A warp spreads a state row (one p, N values) over
-// `lanes` lanes of 16 bytes each, so it loads 32 / lanes rows with one instruction and keeps `rows`
-// such loads in flight. `tied` kernels know one decay for the whole head. Row 0, without lanes,
-// reads element by element and takes any strides.
+// One row = one kernel for float32 states and one for 16-bit states. A warp spreads a state row
+// (one p, N values) over `lanes` lanes of 16 bytes each, so it loads 32 / lanes rows with one
+// instruction and keeps `rows` such loads in flight. `tied` kernels know one decay for the whole
+// head. Row 0, without lanes, reads element by element and takes any strides.
 struct Config {
   int lanes;
   int rows;
@@ -47,8 +47,6 @@ bool is_tied(const Params& params);
 
 Plan choose(const Params& params, const mamba_native::cuda::DeviceInfo& device);
 
-// T is the host's type of the state's elements: float, Half or BFloat16.
-template <class T>
 void update(const Params& params, const Plan& plan);
 
 }  // namespace mamba_native::state_update::cuda

@@ -131,9 +131,8 @@ void update_token(const Params& params) {
     return;
   }
 #if MAMBA_WITH_CUDA
-  const cuda::Plan plan =
-      cuda::choose(params, mamba_native::cuda::device_info(params.x.device.index));
-  for_dtype(params.state.dtype, [&](auto tag) { cuda::update<decltype(tag)>(params, plan); });
+  cuda::update(params,
+               cuda::choose(params, mamba_native::cuda::device_info(params.x.device.index)));
 #else
   fail(kOp, ": x is on ", name(params.x.device), ", but this library was built without CUDA");
 #endif

@@ -14,8 +14,6 @@
 // The next row's loads are under way while the current one is summed, because few blocks have few
 // other warps to hide them behind. At the end each block adds up its rows side by side and writes
 // one row of partial sums to the workspace; core/cuda/ordered_sums.h adds those up.
-#pragma once
-
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -26,13 +24,13 @@
 namespace mamba_native::layer_norm::cuda {
 
 struct Backward {
-  Rows dy;             // (M, N) T
+  Rows dy;             // (M, N)
   Rows dresidual_out;  // (M, N), optional
   Rows h;              // (M, N)
   Rows weight;         // (N)
-  Rows dx;             // (M, N) T
+  Rows dx;             // (M, N)
   Rows dresidual;      // (M, N), optional
-  Rows dy1;            // (M, N) T, with weight1
+  Rows dy1;            // (M, N), with weight1
   Rows weight1;        // (N), optional
   Rows dx1;            // (M, N), optional
   Branches branches;
@@ -56,28 +54,27 @@ struct Loaded {
   float rstd = 0.0f;
 };
 
-template <class T, int VECTORS, bool BRANCHES>
+template <int VECTORS, bool BRANCHES>
 __device__ __forceinline__ void load_row(const Backward& p, std::int64_t row, Loaded<VECTORS>& to) {
   const int features = row < p.rows ? p.features : 0;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    to.h[v] = load_vector<true>(p.h, p.h.dtype, row, column_of(v), features);
+    to.h[v] = load_vector<true>(p.h, row, column_of(v), features);
   }
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    to.dy[v] = load_vector<true>(p.dy, kDTypeOf<T>, row, column_of(v), features);
+    to.dy[v] = load_vector<true>(p.dy, row, column_of(v), features);
   }
   if (BRANCHES && p.dy1.data != nullptr) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-      to.dy1[v] = load_vector<true>(p.dy1, kDTypeOf<T>, row, column_of(v), features);
+      to.dy1[v] = load_vector<true>(p.dy1, row, column_of(v), features);
     }
   }
   if (p.dresidual_out.data != nullptr) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-      to.dresidual_out[v] =
-          load_vector<true>(p.dresidual_out, p.dresidual_out.dtype, row, column_of(v), features);
+      to.dresidual_out[v] = load_vector<true>(p.dresidual_out, row, column_of(v), features);
     }
   }
   if (features > 0) {
@@ -90,12 +87,11 @@ __device__ __forceinline__ void load_row(const Backward& p, std::int64_t row, Lo
 
 // One vector of xhat and dy. Columns from `features` on read as dy = 0 and add nothing to any sum,
 // whatever their xhat.
-template <class T>
 __device__ __forceinline__ void normalise(const Backward& p, const Vector& h, const Vector& dy,
                                           float mean, float rstd, float (&xhat)[kVector],
                                           float (&g)[kVector]) {
   to_floats(h, p.h.dtype, xhat);
-  to_floats(dy, kDTypeOf<T>, g);
+  to_floats(dy, p.dy.dtype, g);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     xhat[i] = (xhat[i] - mean) * rstd;
@@ -116,7 +112,7 @@ __device__ __forceinline__ void add_direct(const Backward& p, const Vector& dres
 }
 
 // dh = direct - (xhat c1 + c2) rstd; stores dx, dx1 and dresidual.
-template <class T, bool WHOLE, bool BRANCHES>
+template <bool WHOLE, bool BRANCHES>
 __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t row, int column,
                                                const float (&xhat)[kVector],
                                                const float (&direct)[kVector], float c1, float c2,
@@ -127,7 +123,7 @@ __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t r
     dh[i] = fmaf(-rstd, fmaf(xhat[i], c1, c2), direct[i]);
   }
   if (p.dresidual.data != nullptr) {
-    store_vector<WHOLE>(p.dresidual, p.dresidual.dtype, row, column, p.features, dh);
+    store_vector<WHOLE>(p.dresidual, row, column, p.features, dh);
   }
   if constexpr (BRANCHES) {
     if (p.dx1.data != nullptr) {
@@ -137,7 +133,7 @@ __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t r
         dx1[i] = dh[i];
       }
       drop(p.branches, 1, row, column, dx1);
-      store_vector<WHOLE>(p.dx1, p.dx1.dtype, row, column, p.features, dx1);
+      store_vector<WHOLE>(p.dx1, row, column, p.features, dx1);
     }
     drop(p.branches, 0, row, column, dh);
     const float rowscale = rowscale_of(p.branches, row);
@@ -146,7 +142,7 @@ __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t r
       dh[i] *= rowscale;
     }
   }
-  store_vector<WHOLE>(p.dx, kDTypeOf<T>, row, column, p.features, dh);
+  store_vector<WHOLE>(p.dx, row, column, p.features, dh);
 }
 
 // What one vector of dy adds to the sums of its columns, and returns in `g`, dy on entry: w dy.
@@ -163,7 +159,7 @@ __device__ __forceinline__ void take(const float (&weight)[kVector], const float
 
 // Everything moves as vectors. Shared memory: kVector * VECTORS * sums floats for each thread of
 // one row, when rows lie side by side.
-template <class T, int VECTORS, int THREADS, bool BRANCHES>
+template <int VECTORS, int THREADS, bool BRANCHES>
 __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
   __shared__ float slots[RowSum<2>::kSlots];
   extern __shared__ float shared_sums[];
@@ -175,7 +171,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.y;
   std::int64_t first = std::int64_t{blockIdx.x} * blockDim.y;
   Loaded<VECTORS> loaded;
-  load_row<T, VECTORS, BRANCHES>(p, first + threadIdx.y, loaded);
+  load_row<VECTORS, BRANCHES>(p, first + threadIdx.y, loaded);
   for (; first < p.rows; first += step) {
     const std::int64_t row = first + threadIdx.y;  // may lie beyond the end; then dy = 0
 
@@ -188,16 +184,15 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       float weight[kVector];
-      to_floats(load_vector<true>(p.weight, p.weight.dtype, 0, column_of(v), p.features),
-                p.weight.dtype, weight);
-      normalise<T>(p, loaded.h[v], loaded.dy[v], loaded.mean, rstd, xhat[v], direct[v]);
+      to_floats(load_vector<true>(p.weight, 0, column_of(v), p.features), p.weight.dtype, weight);
+      normalise(p, loaded.h[v], loaded.dy[v], loaded.mean, rstd, xhat[v], direct[v]);
       take(weight, xhat[v], direct[v], column_sums[0][v], column_sums[1][v]);
       if constexpr (BRANCHES) {
         if (p.dy1.data != nullptr) {
           float g[kVector];
-          to_floats(load_vector<true>(p.weight1, p.weight1.dtype, 0, column_of(v), p.features),
-                    p.weight1.dtype, weight);
-          to_floats(loaded.dy1[v], kDTypeOf<T>, g);
+          to_floats(load_vector<true>(p.weight1, 0, column_of(v), p.features), p.weight1.dtype,
+                    weight);
+          to_floats(loaded.dy1[v], p.dy1.dtype, g);
           take(weight, xhat[v], g, column_sums[2][v], column_sums[3][v]);
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
@@ -214,7 +209,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
     }
 
     // 2. The next row's loads, then this row's sums.
-    load_row<T, VECTORS, BRANCHES>(p, row + step, loaded);
+    load_row<VECTORS, BRANCHES>(p, row + step, loaded);
     row_sum(sums);
     const float c1 = sums[0] / static_cast<float>(p.features);
     const float c2 = p.is_rms_norm ? 0.0f : sums[1] / static_cast<float>(p.features);
@@ -223,7 +218,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
     if (row < p.rows) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        store_gradient<T, true, BRANCHES>(p, row, column_of(v), xhat[v], direct[v], c1, c2, rstd);
+        store_gradient<true, BRANCHES>(p, row, column_of(v), xhat[v], direct[v], c1, c2, rstd);
       }
     }
   }
@@ -260,7 +255,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
 }
 
 // Rows of any width, strides and alignment, first half: a block walks each row twice and writes dh.
-template <class T, int THREADS, bool BRANCHES>
+template <int THREADS, bool BRANCHES>
 __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p) {
   __shared__ float slots[RowSum<2>::kSlots];
   RowSum<2> row_sum(slots);
@@ -274,18 +269,17 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
       float sums[2] = {0.0f, 0.0f};
       for (int column = static_cast<int>(threadIdx.x) * kVector; column < p.features;
            column += step) {
-        const Vector h = load_vector<false>(p.h, p.h.dtype, row, column, p.features);
-        const Vector dy = load_vector<false>(p.dy, kDTypeOf<T>, row, column, p.features);
-        const Vector weight = load_vector<false>(p.weight, p.weight.dtype, 0, column, p.features);
+        const Vector h = load_vector<false>(p.h, row, column, p.features);
+        const Vector dy = load_vector<false>(p.dy, row, column, p.features);
+        const Vector weight = load_vector<false>(p.weight, 0, column, p.features);
         Vector dresidual_out;
         if (pass == 1 && p.dresidual_out.data != nullptr) {
-          dresidual_out =
-              load_vector<false>(p.dresidual_out, p.dresidual_out.dtype, row, column, p.features);
+          dresidual_out = load_vector<false>(p.dresidual_out, row, column, p.features);
         }
         float xhat[kVector];
         float wdy[kVector];
         float w[kVector];
-        normalise<T>(p, h, dy, mean, rstd, xhat, wdy);
+        normalise(p, h, dy, mean, rstd, xhat, wdy);
         to_floats(weight, p.weight.dtype, w);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
@@ -293,10 +287,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
         }
         if (BRANCHES && p.dy1.data != nullptr) {
           float g[kVector];
-          to_floats(load_vector<false>(p.dy1, kDTypeOf<T>, row, column, p.features), kDTypeOf<T>,
-                    g);
-          to_floats(load_vector<false>(p.weight1, p.weight1.dtype, 0, column, p.features),
-                    p.weight1.dtype, w);
+          to_floats(load_vector<false>(p.dy1, row, column, p.features), p.dy1.dtype, g);
+          to_floats(load_vector<false>(p.weight1, 0, column, p.features), p.weight1.dtype, w);
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
             wdy[i] = fmaf(g[i], w[i], wdy[i]);
@@ -309,7 +301,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
         }
         if (pass == 1) {
           add_direct(p, dresidual_out, rstd, wdy);
-          store_gradient<T, false, BRANCHES>(p, row, column, xhat, wdy, c1, c2, rstd);
+          store_gradient<false, BRANCHES>(p, row, column, xhat, wdy, c1, c2, rstd);
         }
       }
       if (pass == 0) {
@@ -323,7 +315,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
 
 // Second half: grid (blocks of columns, rows of the workspace); a thread owns kVector columns of
 // every gridDim.y-th row.
-template <class T, int THREADS>
+template <int THREADS>
 __global__ void __launch_bounds__(THREADS) backward_kernel_columns(const Backward p) {
   const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * kVector;
   if (column >= p.features) {
@@ -331,15 +323,15 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_columns(const Backwar
   }
   float column_sums[4][kVector] = {};
   for (std::int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    const Vector h = load_vector<false>(p.h, p.h.dtype, row, column, p.features);
-    const Vector dy = load_vector<false>(p.dy, kDTypeOf<T>, row, column, p.features);
+    const Vector h = load_vector<false>(p.h, row, column, p.features);
+    const Vector dy = load_vector<false>(p.dy, row, column, p.features);
     const float one[kVector] = {1.0f, 1.0f, 1.0f, 1.0f};
     float xhat[kVector];
     float g[kVector];
-    normalise<T>(p, h, dy, p.is_rms_norm ? 0.0f : p.mean[row], p.rstd[row], xhat, g);
+    normalise(p, h, dy, p.is_rms_norm ? 0.0f : p.mean[row], p.rstd[row], xhat, g);
     take(one, xhat, g, column_sums[0], column_sums[1]);
     if (p.dy1.data != nullptr) {
-      to_floats(load_vector<false>(p.dy1, kDTypeOf<T>, row, column, p.features), kDTypeOf<T>, g);
+      to_floats(load_vector<false>(p.dy1, row, column, p.features), p.dy1.dtype, g);
       take(one, xhat, g, column_sums[2], column_sums[3]);
     }
   }
@@ -355,7 +347,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_columns(const Backwar
   }
 }
 
-template <class T, std::size_t I>
+template <std::size_t I>
 void launch_backward(const Backward& p, const BackwardPlan& plan, cudaStream_t stream) {
   constexpr Config kConfig = kBackwardConfigs[I];
   const unsigned blocks = static_cast<unsigned>(plan.blocks);
@@ -363,17 +355,17 @@ void launch_backward(const Backward& p, const BackwardPlan& plan, cudaStream_t s
     // No workspace bounds the first half, so it may have as many blocks as rows.
     const unsigned rows = static_cast<unsigned>(std::min<std::int64_t>(p.rows, 0x7fffffff));
     const unsigned threads = static_cast<unsigned>(plan.threads);
-    backward_kernel_any<T, kConfig.threads, kConfig.branches><<<rows, threads, 0, stream>>>(p);
+    backward_kernel_any<kConfig.threads, kConfig.branches><<<rows, threads, 0, stream>>>(p);
     MAMBA_CUDA_CHECK_LAUNCH();
     const dim3 grid(
         static_cast<unsigned>(ceil_div(p.features, std::int64_t{kVector} * plan.threads)), blocks);
-    backward_kernel_columns<T, kConfig.threads><<<grid, threads, 0, stream>>>(p);
+    backward_kernel_columns<kConfig.threads><<<grid, threads, 0, stream>>>(p);
   } else {
     constexpr int kSums = kConfig.branches ? 4 : 2;
     const dim3 block(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows));
     const std::size_t shared =
         plan.rows > 1 ? sizeof(float) * kSums * kVector * kConfig.vectors * block.x : 0;
-    backward_kernel<T, kConfig.vectors, kConfig.threads, kConfig.branches>
+    backward_kernel<kConfig.vectors, kConfig.threads, kConfig.branches>
         <<<blocks, block, shared, stream>>>(p);
   }
   MAMBA_CUDA_CHECK_LAUNCH();
@@ -381,9 +373,9 @@ void launch_backward(const Backward& p, const BackwardPlan& plan, cudaStream_t s
 
 using BackwardLauncher = void (*)(const Backward&, const BackwardPlan&, cudaStream_t);
 
-template <class T, std::size_t... I>
+template <std::size_t... I>
 constexpr std::array<BackwardLauncher, sizeof...(I)> backward_launchers(std::index_sequence<I...>) {
-  return {{&launch_backward<T, I>...}};
+  return {{&launch_backward<I>...}};
 }
 
 // dweight, dbias, dweight1 and dbias1: the sums of the first `rows` rows of the workspace.
@@ -400,7 +392,6 @@ inline void sum_workspace(const BackwardParams& params, std::int64_t rows) {
                                    static_cast<cudaStream_t>(params.stream));
 }
 
-template <class T>
 void backward(const BackwardParams& params, const BackwardPlan& plan) {
   MAMBA_CHECK(params.h.size[1] <= kMaxFeatures, "layer_norm_backward: at most ", kMaxFeatures,
               " features on CUDA, got ", params.h.size[1]);
@@ -424,7 +415,7 @@ void backward(const BackwardParams& params, const BackwardPlan& plan) {
     p.features = static_cast<int>(params.h.size[1]);
     p.is_rms_norm = params.is_rms_norm;
     static constexpr std::array<BackwardLauncher, kBackwardCount> kTable =
-        backward_launchers<T>(std::make_index_sequence<kBackwardCount>());
+        backward_launchers(std::make_index_sequence<kBackwardCount>());
     kTable[static_cast<std::size_t>(plan.config)](p, plan,
                                                   static_cast<cudaStream_t>(params.stream));
   }

@@ -11,8 +11,6 @@
 //            of kVector elements, so that a warp's loads are adjacent, and keeps h in registers
 //
 // The variance is the mean square of the centred values, computed from registers: no cancellation.
-#pragma once
-
 #include <array>
 #include <utility>
 
@@ -21,16 +19,16 @@
 namespace mamba_native::layer_norm::cuda {
 
 struct Forward {
-  Rows x;             // (M, N) T
+  Rows x;             // (M, N)
   Rows weight;        // (N)
   Rows bias;          // (N), optional
   Rows residual;      // (M, N), optional
-  Rows y;             // (M, N) T
+  Rows y;             // (M, N)
   Rows residual_out;  // (M, N), optional
   Rows x1;            // (M, N), optional
   Rows weight1;       // (N), optional
   Rows bias1;         // (N), optional
-  Rows y1;            // (M, N) T, with weight1
+  Rows y1;            // (M, N), with weight1
   Branches branches;
   std::uint8_t* mask;   // (M, N), null: not asked for
   std::uint8_t* mask1;  // (M, N), null: not asked for
@@ -50,10 +48,10 @@ struct Terms {
 };
 
 // `rowscale` is x's factor.
-template <class T, bool BRANCHES>
+template <bool BRANCHES>
 __device__ __forceinline__ void add_terms(const Forward& p, const Terms& terms, float rowscale,
                                           std::int64_t row, int column, float (&h)[kVector]) {
-  to_floats(terms.x, kDTypeOf<T>, h);
+  to_floats(terms.x, p.x.dtype, h);
   float other[kVector];
   if constexpr (BRANCHES) {
 #pragma unroll
@@ -99,38 +97,37 @@ __device__ __forceinline__ void store_masks(const Forward& p, std::int64_t row, 
   store_mask(p, p.mask1, 1, row, column, features);
 }
 
-template <class T, bool WHOLE>
+template <bool WHOLE>
 __device__ __forceinline__ void store_output(const Forward& p, const Rows& weights,
                                              const Rows& biases, const Rows& to, std::int64_t row,
                                              int column, float mean, float rstd,
                                              const float (&h)[kVector]) {
   float y[kVector];
   float weight[kVector];
-  to_floats(load_vector<WHOLE>(weights, weights.dtype, 0, column, p.features), weights.dtype,
-            weight);
+  to_floats(load_vector<WHOLE>(weights, 0, column, p.features), weights.dtype, weight);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     y[i] = (h[i] - mean) * rstd * weight[i];
   }
   if (biases.data != nullptr) {
     float bias[kVector];
-    to_floats(load_vector<WHOLE>(biases, biases.dtype, 0, column, p.features), biases.dtype, bias);
+    to_floats(load_vector<WHOLE>(biases, 0, column, p.features), biases.dtype, bias);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       y[i] += bias[i];
     }
   }
-  store_vector<WHOLE>(to, kDTypeOf<T>, row, column, p.features, y);
+  store_vector<WHOLE>(to, row, column, p.features, y);
 }
 
-template <class T, bool WHOLE, bool BRANCHES>
+template <bool WHOLE, bool BRANCHES>
 __device__ __forceinline__ void store_normalised(const Forward& p, std::int64_t row, int column,
                                                  float mean, float rstd,
                                                  const float (&h)[kVector]) {
-  store_output<T, WHOLE>(p, p.weight, p.bias, p.y, row, column, mean, rstd, h);
+  store_output<WHOLE>(p, p.weight, p.bias, p.y, row, column, mean, rstd, h);
   if constexpr (BRANCHES) {
     if (p.weight1.data != nullptr) {
-      store_output<T, WHOLE>(p, p.weight1, p.bias1, p.y1, row, column, mean, rstd, h);
+      store_output<WHOLE>(p, p.weight1, p.bias1, p.y1, row, column, mean, rstd, h);
     }
   }
 }
@@ -146,7 +143,7 @@ __device__ __forceinline__ void store_statistics(const Forward& p, std::int64_t 
 }
 
 // Everything moves as vectors.
-template <class T, int VECTORS, int THREADS, bool BRANCHES>
+template <int VECTORS, int THREADS, bool BRANCHES>
 __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
   __shared__ float slots[RowSum<1>::kSlots];
   RowSum<1> row_sum(slots);
@@ -167,24 +164,23 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
       Terms terms[kGroup];
 #pragma unroll
       for (int v = 0; v < kGroup; ++v) {
-        terms[v].x = load_vector<true>(p.x, kDTypeOf<T>, row, column_of(group + v), features);
+        terms[v].x = load_vector<true>(p.x, row, column_of(group + v), features);
       }
       if (p.residual.data != nullptr) {
 #pragma unroll
         for (int v = 0; v < kGroup; ++v) {
-          terms[v].residual =
-              load_vector<true>(p.residual, p.residual.dtype, row, column_of(group + v), features);
+          terms[v].residual = load_vector<true>(p.residual, row, column_of(group + v), features);
         }
       }
       if (BRANCHES && p.x1.data != nullptr) {
 #pragma unroll
         for (int v = 0; v < kGroup; ++v) {
-          terms[v].x1 = load_vector<true>(p.x1, p.x1.dtype, row, column_of(group + v), features);
+          terms[v].x1 = load_vector<true>(p.x1, row, column_of(group + v), features);
         }
       }
 #pragma unroll
       for (int v = 0; v < kGroup; ++v) {
-        add_terms<T, BRANCHES>(p, terms[v], rowscale, row, column_of(group + v), h[group + v]);
+        add_terms<BRANCHES>(p, terms[v], rowscale, row, column_of(group + v), h[group + v]);
         if constexpr (BRANCHES) {
           store_masks(p, row, column_of(group + v), features);
         }
@@ -194,7 +190,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         const int column = column_of(v);
-        store_vector<true>(p.residual_out, p.residual_out.dtype, row, column, features, h[v]);
+        store_vector<true>(p.residual_out, row, column, features, h[v]);
       }
     }
 
@@ -227,7 +223,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         const int column = column_of(v);
-        store_normalised<T, true, BRANCHES>(p, row, column, mean, rstd, h[v]);
+        store_normalised<true, BRANCHES>(p, row, column, mean, rstd, h[v]);
       }
       store_statistics(p, row, mean, rstd);
     }
@@ -237,7 +233,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
 // Rows of any width, strides and alignment: the block walks each row three times (twice for
 // RMSNorm); after the first, most of it comes from the L2 cache. Two blocks a multiprocessor with
 // BRANCHES: left alone (0), ptxas would spill for three.
-template <class T, int THREADS, bool BRANCHES>
+template <int THREADS, bool BRANCHES>
 __global__ void __launch_bounds__(THREADS, BRANCHES ? 2 : 0) forward_kernel_any(const Forward p) {
   __shared__ float slots[RowSum<1>::kSlots];
   RowSum<1> row_sum(slots);
@@ -251,24 +247,23 @@ __global__ void __launch_bounds__(THREADS, BRANCHES ? 2 : 0) forward_kernel_any(
       for (int column = static_cast<int>(threadIdx.x) * kVector; column < p.features;
            column += step) {
         Terms terms;
-        terms.x = load_vector<false>(p.x, kDTypeOf<T>, row, column, p.features);
+        terms.x = load_vector<false>(p.x, row, column, p.features);
         if (p.residual.data != nullptr) {
-          terms.residual =
-              load_vector<false>(p.residual, p.residual.dtype, row, column, p.features);
+          terms.residual = load_vector<false>(p.residual, row, column, p.features);
         }
         if (BRANCHES && p.x1.data != nullptr) {
-          terms.x1 = load_vector<false>(p.x1, p.x1.dtype, row, column, p.features);
+          terms.x1 = load_vector<false>(p.x1, row, column, p.features);
         }
         float h[kVector];
-        add_terms<T, BRANCHES>(p, terms, rowscale, row, column, h);
+        add_terms<BRANCHES>(p, terms, rowscale, row, column, h);
         if (pass == 2) {
           if constexpr (BRANCHES) {
             store_masks(p, row, column, p.features);
           }
           if (p.residual_out.data != nullptr) {
-            store_vector<false>(p.residual_out, p.residual_out.dtype, row, column, p.features, h);
+            store_vector<false>(p.residual_out, row, column, p.features, h);
           }
-          store_normalised<T, false, BRANCHES>(p, row, column, mean, rstd, h);
+          store_normalised<false, BRANCHES>(p, row, column, mean, rstd, h);
           continue;
         }
 #pragma unroll
@@ -291,15 +286,15 @@ __global__ void __launch_bounds__(THREADS, BRANCHES ? 2 : 0) forward_kernel_any(
   }
 }
 
-template <class T, std::size_t I>
+template <std::size_t I>
 void launch_forward(const Forward& p, const ForwardPlan& plan, cudaStream_t stream) {
   constexpr Config kConfig = kForwardConfigs[I];
   const dim3 block(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows));
   const unsigned grid = static_cast<unsigned>(plan.blocks);
   if constexpr (kConfig.vectors == 0) {
-    forward_kernel_any<T, kConfig.threads, kConfig.branches><<<grid, block, 0, stream>>>(p);
+    forward_kernel_any<kConfig.threads, kConfig.branches><<<grid, block, 0, stream>>>(p);
   } else {
-    forward_kernel<T, kConfig.vectors, kConfig.threads, kConfig.branches>
+    forward_kernel<kConfig.vectors, kConfig.threads, kConfig.branches>
         <<<grid, block, 0, stream>>>(p);
   }
   MAMBA_CUDA_CHECK_LAUNCH();
@@ -307,12 +302,11 @@ void launch_forward(const Forward& p, const ForwardPlan& plan, cudaStream_t stre
 
 using ForwardLauncher = void (*)(const Forward&, const ForwardPlan&, cudaStream_t);
 
-template <class T, std::size_t... I>
+template <std::size_t... I>
 constexpr std::array<ForwardLauncher, sizeof...(I)> forward_launchers(std::index_sequence<I...>) {
-  return {{&launch_forward<T, I>...}};
+  return {{&launch_forward<I>...}};
 }
 
-template <class T>
 void forward(const ForwardParams& params, const ForwardPlan& plan) {
   MAMBA_CHECK(params.x.size[1] <= kMaxFeatures, "layer_norm_forward: at most ", kMaxFeatures,
               " features on CUDA, got ", params.x.size[1]);
@@ -337,7 +331,7 @@ void forward(const ForwardParams& params, const ForwardPlan& plan) {
   p.eps = static_cast<float>(params.eps);
   p.is_rms_norm = params.is_rms_norm;
   static constexpr std::array<ForwardLauncher, kForwardCount> kTable =
-      forward_launchers<T>(std::make_index_sequence<kForwardCount>());
+      forward_launchers(std::make_index_sequence<kForwardCount>());
   kTable[static_cast<std::size_t>(plan.config)](p, plan, static_cast<cudaStream_t>(params.stream));
 }
 

@@ -8,8 +8,7 @@
 // mapping keeps loads of 16 bytes in flight:
 //
 //   warp    a tile of 32 / LANES * ROWS rows p of one (batch, head)
-//   lane    column_lane = lane % LANES owns 16 bytes of N: kVector states of each of ROWS rows,
-//   which
+//   lane    column_lane = lane % LANES owns 16 bytes of N: kVector states of each of ROWS rows that
 //           lie 32 / LANES rows apart, so that one instruction of the warp reads adjacent rows
 //   grid.x  (head, tile) pairs, blockDim.x / 32 a block;  grid.y, grid.z  batch
 //
@@ -18,9 +17,8 @@
 // others get delta and delta x by shuffle. At the end a transposing shuffle reduction leaves the
 // sum over n of row r in lane r, so that the owner finishes and stores the output.
 //
-// Every tensor but the state has its dtype at run time; loads come first, conversions after.
-#pragma once
-
+// Of the state, the kernel knows the size of an element; every dtype is known at run time. Loads
+// come first, conversions after.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -36,7 +34,6 @@
 namespace mamba_native::state_update::cuda {
 
 using mamba_native::cuda::bits_to_float;
-using mamba_native::cuda::kDTypeOf;
 using mamba_native::cuda::load_bits;
 using mamba_native::cuda::load_stored;
 using mamba_native::cuda::load_weight;
@@ -72,6 +69,15 @@ __device__ __forceinline__ std::int64_t offset_of(const TensorView& tensor, std:
   return i * tensor.stride[0] + j * tensor.stride[1] + k * tensor.stride[2];
 }
 
+// The state's dtype, as far as SIZE bytes an element leave it open.
+template <int SIZE>
+__device__ __forceinline__ DType state_dtype(const Params& params) {
+  if (SIZE == 4) {
+    return DType::f32;
+  }
+  return params.state.dtype == DType::bf16 ? DType::bf16 : DType::f16;
+}
+
 // The row of `state` that batch b updates.
 __device__ __forceinline__ std::int64_t entry_of(const Params& params, std::int64_t b) {
   const TensorView& indices = params.state_batch_indices;
@@ -87,14 +93,14 @@ __device__ __forceinline__ float filler(std::int64_t entry) {
   return entry < 0 ? 0.0f : __uint_as_float(0x7fffffffu);
 }
 
-// state (entries, H, P, N) of T; x, dt, z, out (B, H, P); A (H, P, N); B, C (B, G, N);
-// D, dt_bias (H, P); state_batch_indices (B). N is a multiple of kVector; state, and A unless TIED,
-// move as vectors.
-template <class T, int LANES, int ROWS, bool TIED>
+// state (entries, H, P, N) of SIZE bytes an element; x, dt, z, out (B, H, P); A (H, P, N); B, C (B,
+// G, N); D, dt_bias (H, P); state_batch_indices (B). N is a multiple of kVector; state, and A
+// unless TIED, move as vectors.
+template <int SIZE, int LANES, int ROWS, bool TIED>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
     update_kernel(const Params params, const Access access) {
-  constexpr DType kState = kDTypeOf<T>;
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  const DType dtype = state_dtype<SIZE>(params);
+  constexpr int kVector = 16 / SIZE;
   constexpr int kRowDistance = 32 / LANES;
   static_assert(ROWS <= LANES && (ROWS & (ROWS - 1)) == 0, "a lane owns at most one row");
 
@@ -126,14 +132,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
   }
 
   // 1. Loads: the state first, because there is most of it.
-  T* const state = static_cast<T*>(params.state.data) +
-                   offset_of(params.state, entry, h, first_row) + column_lane * kVector;
+  void* const state = static_cast<unsigned char*>(params.state.data) +
+                      (offset_of(params.state, entry, h, first_row) + column_lane * kVector) * SIZE;
   const std::int64_t row_step = kRowDistance * params.state.stride[2];
   Stored<kVector> stored[ROWS];
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     const bool inside = first_row + i * kRowDistance < headdim && column_lane * kVector < d_state;
-    stored[i] = load_stored<kVector>(state, kState, i * row_step, 1, inside ? kVector : 0, inside);
+    stored[i] = load_stored<kVector>(state, dtype, i * row_step, 1, inside ? kVector : 0, inside);
   }
   const std::uint32_t x_bits =
       load_bits(params.x.data, params.x.dtype, offset_of(params.x, b, h, p));
@@ -170,8 +176,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         const bool inside = first_row + i * kRowDistance < headdim && n < d_state;
-        stored[i] = load_stored<kVector>(state, kState, i * row_step + base, 1,
-                                         inside ? kVector : 0, inside);
+        stored[i] = load_stored<kVector>(state, dtype, i * row_step + base, 1, inside ? kVector : 0,
+                                         inside);
       }
     }
     const Stored<kVector> b_stored =
@@ -216,7 +222,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
     for (int i = 0; i < ROWS; ++i) {
       const float drive = __shfl_sync(kWholeWarp, delta * x, i, LANES);
       float s[kVector];
-      to_floats(stored[i], kState, s);
+      to_floats(stored[i], dtype, s);
       if constexpr (TIED) {
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
@@ -234,8 +240,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
         }
       }
       const bool inside = first_row + i * kRowDistance < headdim && n < d_state;
-      store_stored(state, kState, i * row_step + base, 1, inside ? kVector : 0, inside,
-                   to_stored<kVector>(s, kState));
+      store_stored(state, dtype, i * row_step + base, 1, inside ? kVector : 0, inside,
+                   to_stored<kVector>(s, dtype));
     }
   }
 
@@ -271,10 +277,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
 
 // The same step for any strides, alignment and N: a warp per row p, lanes over n, one element at a
 // time. Grid as above with a tile of one row.
-template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
     update_kernel_strided(const Params params, const Access access) {
-  constexpr DType kState = kDTypeOf<T>;
   const unsigned task = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   const unsigned head = task / access.tiles;
   const std::int64_t h = head;
@@ -308,9 +312,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     const float A = load_weight(params.A.data, params.A.dtype, offset_of(params.A, h, p, n));
     const float B = load_weight(params.B.data, params.B.dtype, offset_of(params.B, b, g, n));
     const float C = load_weight(params.C.data, params.C.dtype, offset_of(params.C, b, g, n));
-    const float s =
-        fmaf(load_weight(params.state.data, kState, offset), expf(delta * A), delta * x * B);
-    store_weight(params.state.data, kState, offset, s);
+    const float s = fmaf(load_weight(params.state.data, params.state.dtype, offset),
+                         expf(delta * A), delta * x * B);
+    store_weight(params.state.data, params.state.dtype, offset, s);
     y = fmaf(s, C, y);
   }
   y = mamba_native::cuda::warp_sum(y);
@@ -325,10 +329,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-template <class T, std::size_t I>
+template <int SIZE, std::size_t I>
 void launch(const Params& params, int warps) {
   constexpr Config kConfig = kConfigs[I];
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  constexpr int kVector = 16 / SIZE;
   const std::int64_t tiles = ceil_div(params.x.size[2], rows_of_warp(kConfig));
   const std::int64_t blocks = ceil_div(params.x.size[1] * tiles, warps);
   MAMBA_CHECK(blocks * warps < std::int64_t{1} << 31,
@@ -343,9 +347,9 @@ void launch(const Params& params, int warps) {
   const unsigned threads = static_cast<unsigned>(32 * warps);
   const cudaStream_t stream = static_cast<cudaStream_t>(params.stream);
   if constexpr (kConfig.lanes == 0) {
-    update_kernel_strided<T><<<grid, threads, 0, stream>>>(params, access);
+    update_kernel_strided<<<grid, threads, 0, stream>>>(params, access);
   } else {
-    update_kernel<T, kConfig.lanes, kConfig.rows, kConfig.tied>
+    update_kernel<SIZE, kConfig.lanes, kConfig.rows, kConfig.tied>
         <<<grid, threads, 0, stream>>>(params, access);
   }
   MAMBA_CUDA_CHECK_LAUNCH();
@@ -353,16 +357,17 @@ void launch(const Params& params, int warps) {
 
 using Launcher = void (*)(const Params&, int);
 
-template <class T, std::size_t... I>
+template <int SIZE, std::size_t... I>
 constexpr std::array<Launcher, sizeof...(I)> launchers(std::index_sequence<I...>) {
-  return {{&launch<T, I>...}};
+  return {{&launch<SIZE, I>...}};
 }
 
-template <class T>
 void update(const Params& params, const Plan& plan) {
-  static constexpr std::array<Launcher, kConfigCount> kTable =
-      launchers<T>(std::make_index_sequence<kConfigCount>());
-  kTable[static_cast<std::size_t>(plan.config)](params, plan.warps);
+  constexpr auto kRows = std::make_index_sequence<kConfigCount>();
+  static constexpr std::array<Launcher, kConfigCount> kTables[] = {launchers<4>(kRows),
+                                                                   launchers<2>(kRows)};
+  const std::size_t table = params.state.dtype == DType::f32 ? 0 : 1;
+  kTables[table][static_cast<std::size_t>(plan.config)](params, plan.warps);
 }
 
 }  // namespace mamba_native::state_update::cuda

@@ -1,7 +1,0 @@
-#include "layer_norm/forward.cuh"
-
-namespace mamba_native::layer_norm::cuda {
-
-template void forward<BFloat16>(const ForwardParams&, const ForwardPlan&);
-
-}  // namespace mamba_native::layer_norm::cuda
