@@ -8,8 +8,8 @@
 #include "selective_scan/cpu.h"
 #include "selective_scan/reference.h"
 #if MAMBA_WITH_CUDA
+#include "core/cuda/copy.h"
 #include "selective_scan/complex.h"
-#include "selective_scan/copy.h"
 #include "selective_scan/plan.h"
 #endif
 
@@ -210,15 +210,15 @@ bool is_empty(const Sizes& sizes) {
 }
 
 void forward_empty(const ForwardParams& params) {
-  cuda::copy_or_zero(params.last_state, params.in.initial_state, params.stream);
+  mamba_native::cuda::copy_or_zero(params.last_state, params.in.initial_state, params.stream);
 }
 
 void backward_empty(const BackwardParams& params) {
   for (const TensorView* sums :
        {&params.dA, &params.dB, &params.dC, &params.dD, &params.ddelta_bias}) {
-    cuda::copy_or_zero(*sums, TensorView(), params.stream);
+    mamba_native::cuda::copy_or_zero(*sums, TensorView(), params.stream);
   }
-  cuda::copy_or_zero(params.dinitial_state, params.dlast_state, params.stream);
+  mamba_native::cuda::copy_or_zero(params.dinitial_state, params.dlast_state, params.stream);
 }
 #else
 [[noreturn]] void fail_without_cuda(const char* op) {

@@ -22,6 +22,7 @@ using mamba_native::cuda::fast_silu;
 using mamba_native::cuda::fast_silu_grad;
 using mamba_native::cuda::fast_softplus;
 using mamba_native::cuda::load_vector;
+using mamba_native::cuda::recomputed;
 using mamba_native::cuda::store_span;
 using mamba_native::cuda::store_vector;
 
@@ -428,13 +429,6 @@ DeviceInputs<T, SCOPE> device_inputs(const Inputs& in, std::int64_t groups) {
 __device__ __forceinline__ int valid_items(std::int64_t length, std::int64_t first) {
   const std::int64_t left = length - first;
   return left >= kItems ? kItems : (left > 0 ? static_cast<int>(left) : 0);
-}
-
-// The same value, but the compiler cannot know: what depends on it is computed again where it is
-// used, instead of holding registers over a whole tile.
-__device__ __forceinline__ int recomputed(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
 }
 
 // delta as the recurrence uses it. A step beyond the end has delta = 0 and u = 0: it multiplies the

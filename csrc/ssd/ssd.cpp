@@ -5,6 +5,11 @@
 #include "core/math.h"
 #include "ssd/cpu.h"
 #include "ssd/reference.h"
+#include "ssd/scan_order.h"
+#if MAMBA_WITH_CUDA
+#include "core/cuda/copy.h"
+#include "ssd/plan.h"
+#endif
 
 namespace mamba_native::ssd {
 namespace {
@@ -79,9 +84,32 @@ Sizes check_inputs(const char* op, const Inputs& in) {
   return s;
 }
 
-[[noreturn]] void fail_on_cuda(const char* op) {
-  fail(op, ": the tensors are on a CUDA device, for which this library has no kernels of it");
+#if MAMBA_WITH_CUDA
+struct CudaForward {
+  const ForwardParams& params;
+  template <class T>
+  void operator()(T) const {
+    cuda::forward<T>(params);
+  }
+};
+
+bool has_steps(const Sizes& s) { return s.batch > 0 && s.length > 0 && s.heads > 0; }
+
+void forward_on_cuda(const ForwardParams& params, const Sizes& s) {
+  if (params.in.sequences > 0 || !has_steps(s)) {  // sequences without steps
+    mamba_native::cuda::copy_or_zero(params.last_states, params.in.initial_states, params.stream);
+  }
+  if (has_steps(s)) {
+    for_dtype(s.dtype, CudaForward{in_scan_order(params)});
+  }
 }
+#else
+[[noreturn]] void fail_without_cuda(const char* op) {
+  fail(op,
+       ": the tensors are on a CUDA device, but this library was built without CUDA; build it with "
+       "-DMAMBA_CUDA=ON");
+}
+#endif
 
 }  // namespace
 
@@ -97,7 +125,11 @@ void forward(const ForwardParams& params) {
     check_contiguous(kOp, "checkpoints", params.checkpoints);
   }
   if (s.device.is_cuda()) {
-    fail_on_cuda(kOp);
+#if MAMBA_WITH_CUDA
+    forward_on_cuda(params, s);
+#else
+    fail_without_cuda(kOp);
+#endif
   } else if (s.dtype == DType::f64) {
     reference::forward<double>(params);
   } else {
@@ -135,7 +167,7 @@ void backward(const BackwardParams& params) {
   check_optional_output(kOp, "dinitial_states", params.dinitial_states, "initial_states",
                         in.initial_states, s.device, s.sum, state);
   if (s.device.is_cuda()) {
-    fail_on_cuda(kOp);
+    fail(kOp, ": the tensors are on a CUDA device, for which this library has no kernels of it");
   } else if (s.dtype == DType::f64) {
     reference::backward<double>(params);
   } else {

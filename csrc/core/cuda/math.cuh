@@ -37,4 +37,11 @@ __device__ __forceinline__ float fast_softplus(float x) {
   return x > kSoftplusThreshold ? x : log1pf(expf(x));
 }
 
+// The same value, but the compiler cannot know: what depends on it is computed again where it is
+// used, instead of holding registers over a whole loop.
+__device__ __forceinline__ int recomputed(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 }  // namespace mamba_native::cuda

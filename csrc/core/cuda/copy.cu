@@ -1,14 +1,15 @@
+#include "core/cuda/copy.h"
+
 #include "core/cuda/launch.h"
 #include "core/math.h"
-#include "selective_scan/copy.h"
 
-namespace mamba_native::selective_scan::cuda {
+namespace mamba_native::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
-// to[i, j, k, l] = from[i, j, k, l] or 0: one thread per element, last dimension fastest. Runs only
-// for calls with an empty dimension, so nothing here is tuned. __grid_constant__ lets the loop
+// to[i, j, k, l] = from[i, j, k, l] or 0: one thread per element, last dimension fastest. Nothing
+// here is tuned. __grid_constant__ lets the loop
 // index the views where they lie; without it each thread copies both to its stack.
 __global__ void __launch_bounds__(kThreads)
     copy_kernel(const __grid_constant__ TensorView to, const __grid_constant__ TensorView from,
@@ -41,4 +42,4 @@ void copy_or_zero(const TensorView& to, const TensorView& from, void* stream) {
   MAMBA_CUDA_CHECK_LAUNCH();
 }
 
-}  // namespace mamba_native::selective_scan::cuda
+}  // namespace mamba_native::cuda

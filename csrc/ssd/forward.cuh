@@ -1,0 +1,239 @@
+// The forward kernel and its host launcher. For every batch b, head h, and steps t of a chunk that
+// begins with the state S[-1] (the room's README derives it):
+//   out[t] = sum_{s <= t} (C[t].B[s]) decay(s, t) delta[s] x[s] + decay(-1, t) S[-1] C[t] + D x[t]
+//   S[end] = decay(-1, end) S[-1] + sum_s decay(s, end) delta[s] x[s] B[s]^T
+#pragma once
+
+#include <utility>
+
+#include "core/cuda/launch.h"
+#include "ssd/tensors.cuh"
+
+namespace mamba_native::ssd::cuda {
+
+template <class T>
+struct ForwardArgs {
+  DeviceInputs<T> in;
+  Steps<T> out;
+  States last_states;
+  float* checkpoints;  // (B, blocks, H, P, N), contiguous; may be null
+};
+
+// Where checkpoints keep the state (P, N) before block k.
+template <class T>
+__device__ __forceinline__ States checkpoint(const DeviceInputs<T>& in, float* data, int b,
+                                             std::int64_t k) {
+  const std::int64_t blocks = (in.length + kCheckpointInterval - 1) / kCheckpointInterval;
+  const std::int64_t plane = static_cast<std::int64_t>(in.headdim) * in.states;
+  States to;
+  to.data = data == nullptr ? nullptr : data + (b * blocks + k) * in.heads * plane;
+  to.head = plane;
+  to.channel = in.states;
+  to.state = 1;
+  return to;
+}
+
+inline constexpr int kForwardWarps = 8;
+
+//   grid    (b, block of P channels, head), one dimension; heads of a group are neighbours, and
+//           find B and C in L2
+//   CTA     walks through the steps, a chunk of STEPS at a time, cut where a sequence ends and at
+//           checkpoints; the state (P, N) stays in registers
+//   shared  the chunk's x, B, C; the state in T; the scores; x scaled for the new state
+// Between barriers: bring the chunk in; scores and what the old state gives; what the scores give,
+// the outputs and the new state. Other CTAs of the multiprocessor fill the waits.
+template <class T, int STEPS, int P, int N, int BLOCKS>
+__global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const ForwardArgs<T> args) {
+  constexpr int kThreads = kForwardWarps * kWarp;
+  using OutSplit = Split<STEPS, P, kForwardWarps>;
+  using StateSplit = Split<P, N, kForwardWarps>;
+  using ScoreSplit = Split<STEPS, STEPS, kForwardWarps>;
+  constexpr int kX = kRowStride<T, P>, kB = kRowStride<T, N>, kM = kRowStride<T, STEPS>;
+  static_assert(N >= P, "outputs are staged in C's tile");
+  static_assert(kCheckpointInterval % STEPS == 0, "checkpoints fall on chunk borders");
+
+  extern __shared__ float4 shared_memory[];
+  T* const x = reinterpret_cast<T*>(shared_memory);
+  T* const scaled_x = x + STEPS * kX;
+  T* const B = scaled_x + STEPS * kX;
+  T* const C = B + STEPS * kB;
+  T* const S = C + STEPS * kB;
+  T* const scores = S + P * kB;
+  Decays<T, STEPS>& decays = *reinterpret_cast<Decays<T, STEPS>*>(scores + STEPS * kM);
+
+  const DeviceInputs<T>& in = args.in;
+  const int channel_blocks = (in.headdim + P - 1) / P;
+  const int block = static_cast<int>(blockIdx.x) / in.heads;
+  const int b = block / channel_blocks;
+  float state[StateSplit::kJ][4];
+
+  std::int64_t end = 0;
+  for (std::int64_t begin = 0; begin < in.length; begin = end) {
+    const int thread = recomputed(static_cast<int>(threadIdx.x));
+    const int warp = thread / kWarp, lane = thread % kWarp;
+    const int h = recomputed(static_cast<int>(blockIdx.x) % in.heads);
+    const int p0 = recomputed(block % channel_blocks) * P;
+    const int group = h / in.heads_per_group;
+    const int channels = min(P, in.headdim - p0);
+    const int state_p = StateSplit::row(warp), state_n = StateSplit::column(warp);
+    const bool has_state = StateSplit::active(warp);
+    const int row = OutSplit::row(warp), column = OutSplit::column(warp);
+    const bool has_out = OutSplit::active(warp);
+    const std::int64_t limit = min((begin / STEPS + 1) * STEPS, in.length);
+    end = in.sequences.end_of(b, begin, limit);
+    const int steps = static_cast<int>(end - begin);
+
+    if (has_state) {
+      const States to = checkpoint(in, args.checkpoints, b, begin / kCheckpointInterval);
+      const bool at_checkpoint = begin % kCheckpointInterval == 0;
+      if (at_checkpoint && begin > 0) {
+        store_states(state, in, to, 0, h, p0 + state_p, state_n, lane);
+      }
+      if (in.sequences.begins(b, begin)) {
+        load_states(state, in, in.initial_states, in.sequences.entering(b, begin), h, p0 + state_p,
+                    state_n, lane);
+      }
+      if (begin == 0) {
+        store_states(state, in, to, 0, h, p0 + state_p, state_n, lane);
+      }
+      store_fragments(state, S + state_p * kB + state_n, kB, lane);
+    }
+    load_tile<T, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element, in.x.vectorize,
+                           steps, channels, thread, kThreads);
+    load_tile<T, STEPS, N>(B, kB, in.B.at(b, begin, group, 0), in.B.step, in.B.element,
+                           in.B.vectorize, steps, in.states, thread, kThreads);
+    load_tile<T, STEPS, N>(C, kB, in.C.at(b, begin, group, 0), in.C.step, in.C.element,
+                           in.C.vectorize, steps, in.states, thread, kThreads);
+    if (warp == 0) {
+      decays.prepare(in, b, h, begin, steps);
+    }
+    mamba_native::cuda::wait_for_copies();
+    __syncthreads();
+
+    constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+    for (int v = thread; v < STEPS * P / kVector; v += kThreads) {
+      const int s = v / (P / kVector), p = v % (P / kVector) * kVector;
+      const float factor = decays.delta[s] * decays.to_end(s);
+      float values[kVector];
+      load_vector<kVector>(x + s * kX + p, values);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        values[i] *= factor;
+      }
+      store_vector<kVector>(scaled_x + s * kX + p, values);
+    }
+    // Scores, in blocks of 16 x 16 on and below the diagonal.
+    const int score_row = ScoreSplit::row(warp);
+    for (int first = warp % ScoreSplit::kColumnBlocks * 16; first <= score_row;
+         first += ScoreSplit::kColumnBlocks * 16) {
+      float block[2][4];
+      clear(block);
+      multiply<2, Order::along_k, Order::along_k>(block, C + score_row * kB, kB, B + first * kB, kB,
+                                                  N);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int t = score_row + fragment_row(lane) + e / 2 * 8;
+          const int s = first + 8 * j + fragment_column(lane) + e % 2;
+          block[j][e] = s <= t ? block[j][e] * decays.between(s, t) * decays.delta[s] : 0.0f;
+        }
+      }
+      store_fragments(block, scores + score_row * kM + first, kM, lane);
+    }
+    float y[OutSplit::kJ][4];
+    const int upper = row + fragment_row(lane), lower = upper + 8;
+    if (has_out) {
+      clear(y);
+      multiply<OutSplit::kJ, Order::along_k, Order::along_k>(y, C + row * kB, kB, S + column * kB,
+                                                             kB, N);
+      scale_rows(y, decays.from_start(upper), decays.from_start(lower));
+    }
+    __syncthreads();
+
+    if (has_out) {
+      multiply<OutSplit::kJ, Order::along_k, Order::across_k>(y, scores + row * kM, kM, x + column,
+                                                              kX, row + 16);
+      // z, then out, pass through the warp's part of C's tile.
+      T* const stage = C + row * kB + column;
+      if (in.z.data != nullptr) {
+        load_tile<T, 16, OutSplit::kWidth>(stage, kB, in.z.at(b, begin + row, h, p0 + column),
+                                           in.z.step, in.z.element, in.z.vectorize, steps - row,
+                                           channels - column, lane, kWarp);
+        mamba_native::cuda::wait_for_copies();
+        __syncwarp();
+      }
+#pragma unroll
+      for (int j = 0; j < OutSplit::kJ; ++j) {
+        const int p = column + 8 * j + fragment_column(lane);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int t = e < 2 ? upper : lower;
+          const int channel = p0 + min(p + e % 2, channels - 1);
+          float value = fmaf(in.D.at(h, channel), as_float(x[t * kX + p + e % 2]), y[j][e]);
+          if (in.z.data != nullptr) {
+            value *= fast_silu(as_float(C[t * kB + p + e % 2]));
+          }
+          y[j][e] = value;
+        }
+      }
+      __syncwarp();
+      store_fragments(y, stage, kB, lane);
+      __syncwarp();
+      store_tile<T, 16, OutSplit::kWidth>(stage, kB, args.out.at(b, begin + row, h, p0 + column),
+                                          args.out.step, args.out.element, args.out.vectorize,
+                                          steps - row, channels - column, lane, kWarp);
+    }
+    if (has_state) {
+      const float decay = decays.whole();
+      scale_rows(state, decay, decay);
+      multiply<StateSplit::kJ, Order::across_k, Order::across_k>(state, scaled_x + state_p, kX,
+                                                                 B + state_n, kB, STEPS);
+      if (in.sequences.ends(b, end - 1)) {
+        store_states(state, in, args.last_states, in.sequences.leaving(b, end - 1), h, p0 + state_p,
+                     state_n, lane);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <class T>
+using ForwardKernel = void (*)(ForwardArgs<T>);
+
+template <class T, std::size_t I>
+constexpr ForwardKernel<T> forward_kernel() {
+  constexpr Config kConfig = config_of(static_cast<int>(I), sizeof(T));
+  return &scan<T, kConfig.steps, kConfig.headdim, kConfig.states, 2>;
+}
+
+template <class T, std::size_t... I>
+ForwardKernel<T> find_forward_kernel(int index, std::index_sequence<I...>) {
+  static constexpr ForwardKernel<T> kKernels[] = {forward_kernel<T, I>()...};
+  return kKernels[index];
+}
+
+template <class Host>
+void forward(const ForwardParams& params) {
+  using T = mamba_native::cuda::DeviceType<Host>;
+  ForwardArgs<T> args;
+  args.in = device_inputs<T>(params.in);
+  args.out = steps<T>(params.out);
+  args.last_states = states(params.last_states);
+  args.checkpoints = params.checkpoints.as<float>();
+
+  const int index = choose_forward(args.in.states, params.in.x.dtype,
+                                   mamba_native::cuda::device_info(params.in.x.device.index));
+  const Config& config = config_of(index, sizeof(T));
+  const ForwardKernel<T> kernel =
+      find_forward_kernel<T>(index, std::make_index_sequence<kConfigCount>());
+  const int shared = static_cast<int>(forward_shared_memory(config, sizeof(T)));
+  mamba_native::cuda::allow_shared_memory(kernel, shared);
+  const int blocks = count(params.in.x.size[0] * params.in.x.size[2] *
+                           ceil_div(params.in.x.size[3], config.headdim));
+  kernel<<<static_cast<unsigned>(blocks), kForwardWarps * kWarp, static_cast<std::size_t>(shared),
+           static_cast<cudaStream_t>(params.stream)>>>(args);
+  MAMBA_CUDA_CHECK_LAUNCH();
+}
+
+}  // namespace mamba_native::ssd::cuda

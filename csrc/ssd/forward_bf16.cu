@@ -1,0 +1,4 @@
+#include "ssd/forward.cuh"
+
+template void mamba_native::ssd::cuda::forward<mamba_native::BFloat16>(
+    const mamba_native::ssd::ForwardParams&);

@@ -1,0 +1,3 @@
+#include "ssd/forward.cuh"
+
+template void mamba_native::ssd::cuda::forward<float>(const mamba_native::ssd::ForwardParams&);
