@@ -19,20 +19,6 @@ struct ForwardArgs {
   float* checkpoints;  // (B, blocks, H, P, N), contiguous; may be null
 };
 
-// Where checkpoints keep the state (P, N) before block k.
-template <class T>
-__device__ __forceinline__ States checkpoint(const DeviceInputs<T>& in, float* data, int b,
-                                             std::int64_t k) {
-  const std::int64_t blocks = (in.length + kCheckpointInterval - 1) / kCheckpointInterval;
-  const std::int64_t plane = static_cast<std::int64_t>(in.headdim) * in.states;
-  States to;
-  to.data = data == nullptr ? nullptr : data + (b * blocks + k) * in.heads * plane;
-  to.head = plane;
-  to.channel = in.states;
-  to.state = 1;
-  return to;
-}
-
 inline constexpr int kForwardWarps = 8;
 
 //   grid    (b, block of P channels, head), one dimension; heads of a group are neighbours, and
@@ -110,18 +96,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
     mamba_native::cuda::wait_for_copies();
     __syncthreads();
 
-    constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-    for (int v = thread; v < STEPS * P / kVector; v += kThreads) {
-      const int s = v / (P / kVector), p = v % (P / kVector) * kVector;
-      const float factor = decays.delta[s] * decays.to_end(s);
-      float values[kVector];
-      load_vector<kVector>(x + s * kX + p, values);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        values[i] *= factor;
-      }
-      store_vector<kVector>(scaled_x + s * kX + p, values);
-    }
+    scale_tile<T, STEPS, P>(scaled_x, x, kX, DriveFactor<T, STEPS>{decays}, thread, kThreads);
     // Scores, in blocks of 16 x 16 on and below the diagonal.
     const int score_row = ScoreSplit::row(warp);
     for (int first = warp % ScoreSplit::kColumnBlocks * 16; first <= score_row;

@@ -93,6 +93,14 @@ struct CudaForward {
   }
 };
 
+struct CudaBackward {
+  const BackwardParams& params;
+  template <class T>
+  void operator()(T) const {
+    cuda::backward<T>(params);
+  }
+};
+
 bool has_steps(const Sizes& s) { return s.batch > 0 && s.length > 0 && s.heads > 0; }
 
 void forward_on_cuda(const ForwardParams& params, const Sizes& s) {
@@ -101,6 +109,20 @@ void forward_on_cuda(const ForwardParams& params, const Sizes& s) {
   }
   if (has_steps(s)) {
     for_dtype(s.dtype, CudaForward{in_scan_order(params)});
+  }
+}
+
+void backward_on_cuda(const BackwardParams& params, const Sizes& s) {
+  if (params.in.sequences > 0 || !has_steps(s)) {
+    mamba_native::cuda::copy_or_zero(params.dinitial_states, params.dlast_states, params.stream);
+  }
+  if (has_steps(s)) {
+    for_dtype(s.dtype, CudaBackward{in_scan_order(params)});
+    return;
+  }
+  for (const TensorView* sums :
+       {&params.dA, &params.dB, &params.dC, &params.dD, &params.ddt_bias}) {
+    mamba_native::cuda::copy_or_zero(*sums, TensorView(), params.stream);
   }
 }
 #else
@@ -137,6 +159,18 @@ void forward(const ForwardParams& params) {
   }
 }
 
+std::int64_t backward_workspace(const BackwardParams& params) {
+#if MAMBA_WITH_CUDA
+  const Sizes s = check_inputs("ssd_backward", params.in);
+  if (s.device.is_cuda() && has_steps(s)) {
+    return plan_backward(params).size;
+  }
+#else
+  static_cast<void>(params);
+#endif
+  return 0;
+}
+
 void backward(const BackwardParams& params) {
   constexpr char kOp[] = "ssd_backward";
   const Inputs& in = params.in;
@@ -166,8 +200,19 @@ void backward(const BackwardParams& params) {
                         {s.heads});
   check_optional_output(kOp, "dinitial_states", params.dinitial_states, "initial_states",
                         in.initial_states, s.device, s.sum, state);
+  const std::int64_t workspace = backward_workspace(params);
+  if (workspace > 0) {
+    check_output(kOp, "workspace", params.workspace, s.device, DType::f32, {workspace});
+    check_contiguous(kOp, "workspace", params.workspace);
+    MAMBA_CHECK(reinterpret_cast<std::uintptr_t>(params.workspace.data) % 16 == 0, kOp,
+                ": workspace must be aligned to 16 bytes");
+  }
   if (s.device.is_cuda()) {
-    fail(kOp, ": the tensors are on a CUDA device, for which this library has no kernels of it");
+#if MAMBA_WITH_CUDA
+    backward_on_cuda(params, s);
+#else
+    fail_without_cuda(kOp);
+#endif
   } else if (s.dtype == DType::f64) {
     reference::backward<double>(params);
   } else {

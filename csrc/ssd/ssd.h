@@ -95,13 +95,18 @@ struct BackwardParams {
   TensorView dz;               // (B, L, H, P) T, present iff z is
   TensorView ddt_bias;         // (H) float32, present iff dt_bias is
   TensorView dinitial_states;  // (B or S, H, P, N) float32, present iff initial_states is
+  TensorView workspace;        // (backward_workspace(params)) float32, contiguous, 16-byte aligned;
+                               // scratch, on CUDA only
   bool deterministic = false;
   void* stream = nullptr;
 };
 
-// Every output is overwritten whole. Sums have a fixed order on the CPU, and on CUDA when
-// `deterministic`.
+// Every output is overwritten whole. Sums have a fixed order, `deterministic` or not.
 void forward(const ForwardParams& params);
 void backward(const BackwardParams& params);
+
+// Elements that `workspace` has to have: 0 on the CPU. Needs shapes, dtypes and devices of what the
+// scan reads; checks them as backward does.
+std::int64_t backward_workspace(const BackwardParams& params);
 
 }  // namespace mamba_native::ssd

@@ -11,6 +11,7 @@
 #include "core/cuda/matrix.cuh"
 #include "core/cuda/memory.cuh"
 #include "core/error.h"
+#include "core/math.h"
 #include "core/tensor.h"
 #include "ssd/plan.h"
 #include "ssd/ssd.h"
@@ -26,11 +27,13 @@ using mamba_native::cuda::fast_softplus;
 using mamba_native::cuda::fragment_column;
 using mamba_native::cuda::fragment_row;
 using mamba_native::cuda::from_float;
+using mamba_native::cuda::load_span;
 using mamba_native::cuda::load_vector;
 using mamba_native::cuda::multiply;
 using mamba_native::cuda::Order;
 using mamba_native::cuda::recomputed;
 using mamba_native::cuda::store_pair;
+using mamba_native::cuda::store_span;
 using mamba_native::cuda::store_vector;
 
 inline constexpr int kWarp = 32;
@@ -159,6 +162,20 @@ struct DeviceInputs {
     return free < dt_min ? dt_min : free > dt_max ? dt_max : free;
   }
 };
+
+// Where checkpoints keep the state (P, N) before block k.
+template <class T>
+__device__ __forceinline__ States checkpoint(const DeviceInputs<T>& in, float* data, int b,
+                                             std::int64_t k) {
+  const std::int64_t blocks = ceil_div(in.length, kCheckpointInterval);
+  const std::int64_t plane = static_cast<std::int64_t>(in.headdim) * in.states;
+  States to;
+  to.data = data == nullptr ? nullptr : data + (b * blocks + k) * in.heads * plane;
+  to.head = plane;
+  to.channel = in.states;
+  to.state = 1;
+  return to;
+}
 
 // A stride that only a size of one uses says nothing, and may be anything.
 inline std::int64_t stride_of(const TensorView& tensor, int dim) {
@@ -304,6 +321,26 @@ struct Split {
   static __device__ __forceinline__ bool active(int warp) { return column(warp) < COLUMNS; }
 };
 
+// to = from, tiles whose rows have a factor each; they may be the same.
+template <class T, int ROWS, int COLUMNS, class Factor>
+__device__ __forceinline__ void scale_tile(T* to, const T* from, int stride, const Factor& factor,
+                                           int thread, int threads) {
+  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  constexpr int kPerRow = COLUMNS / kVector;
+  for (int v = thread; v < ROWS * kPerRow; v += threads) {
+    const int r = v / kPerRow;
+    const int at = r * stride + v % kPerRow * kVector;
+    const float by = factor(r);
+    float values[kVector];
+    load_vector<kVector>(from + at, values);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] *= by;
+    }
+    store_vector<kVector>(to + at, values);
+  }
+}
+
 template <int J>
 __device__ __forceinline__ void clear(float (&acc)[J][4]) {
 #pragma unroll
@@ -444,6 +481,20 @@ struct Decays {
       }
     }
   }
+};
+
+// What a step adds to the state that runs through a chunk.
+template <class T, int STEPS>
+struct DriveFactor {  // delta decay(s, end), of x
+  const Decays<T, STEPS>& decays;
+  __device__ __forceinline__ float operator()(int s) const {
+    return decays.delta[s] * decays.to_end(s);
+  }
+};
+template <class T, int STEPS>
+struct AdjointFactor {  // decay(-1, t), of g
+  const Decays<T, STEPS>& decays;
+  __device__ __forceinline__ float operator()(int t) const { return decays.from_start(t); }
 };
 
 }  // namespace mamba_native::ssd::cuda

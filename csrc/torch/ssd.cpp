@@ -104,6 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.dinitial_states =
       initial_states ? view(kOp, "dinitial_states", dinitial_states) : TensorView();
   params.deterministic = deterministic;
+  Tensor workspace = empty(x, {ssd::backward_workspace(params)}, Scalar::Float);
+  params.workspace = view(kOp, "workspace", workspace);
   params.stream = scope.stream();
   ssd::backward(params);
   return {dx,
@@ -139,3 +141,10 @@ STABLE_TORCH_LIBRARY_IMPL(mamba_native, CPU, m) {
   m.impl("ssd_forward", MAMBA_BOX(&mamba_native::binding::ssd_forward));
   m.impl("ssd_backward", MAMBA_BOX(&mamba_native::binding::ssd_backward));
 }
+
+#if MAMBA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(mamba_native, CUDA, m) {
+  m.impl("ssd_forward", MAMBA_BOX(&mamba_native::binding::ssd_forward));
+  m.impl("ssd_backward", MAMBA_BOX(&mamba_native::binding::ssd_backward));
+}
+#endif

@@ -20,6 +20,7 @@
 #include "core/math.h"
 #include "core/parallel_for.h"
 #include "ssd/cpu.h"
+#include "ssd/plan.h"
 #include "ssd/reference.h"
 #include "support/compare.h"
 #include "support/device_memory.h"
@@ -501,6 +502,8 @@ Backward run_backward(const Data& p, Device device, const RunBackward& run,
   params.dz = result.dz.view();
   params.ddt_bias = result.dbias.view();
   params.dinitial_states = result.dinitial.view();
+  const Tensor workspace(DType::f32, device, {{backward_workspace(params)}});
+  params.workspace = workspace.view();
   run(params);
   return result;
 }
@@ -529,7 +532,23 @@ testing::AssertionResult close(const char* op, const char* output, DType dtype, 
   if (!got.present()) {
     return testing::AssertionSuccess();
   }
-  return test::is_close(op, dtype, output, got.dtype(), got.values(), truth.values(),
+  // Tensor cores multiply numbers of 16-bit types only: states, scores and adjoints are rounded to
+  // the inputs' dtype, and so what float32 outputs are made of.
+  const bool rounded = got.device().is_cuda() && size_of(dtype) == 2;
+  const auto largest = [](const Tensor& tensor) {
+    double size = 0;
+    for (const double value : tensor.values()) {
+      size = std::max(size, std::isnan(value) ? HUGE_VAL : std::abs(value));
+    }
+    return size;
+  };
+  constexpr double kSmallestHalf = 5.9604644775390625e-8;
+  if (rounded && dtype == DType::f16 && largest(truth) < kSmallestHalf) {
+    return largest(got) < kSmallestHalf ? testing::AssertionSuccess()
+                                        : testing::AssertionFailure() << output << " is not tiny";
+  }
+  return test::is_close(rounded ? std::string(op) + "_tensor_cores" : op, dtype, output,
+                        rounded ? dtype : got.dtype(), got.values(), truth.values(),
                         yardstick.values(),
                         got.device().is_cuda() ? slack * test::kHardwareExp2Slack : slack);
 }
@@ -577,7 +596,8 @@ struct Target {
 const Target kTargets[] = {{"plain", test::kCpu, Isa::plain},
                            {"sse2", test::kCpu, Isa::sse2},
                            {"avx2", test::kCpu, Isa::avx2},
-                           {"avx512", test::kCpu, Isa::avx512}};
+                           {"avx512", test::kCpu, Isa::avx512},
+                           {"cuda", test::kCuda, Isa::plain}};
 
 // Why a target cannot run here; empty if it can.
 std::string unavailable(const Target& target) {
@@ -627,7 +647,9 @@ std::vector<Row> rows(const std::vector<Case>& problems) {
   for (const Target& target : kTargets) {
     for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
       for (const Case& problem : problems) {
-        all.push_back({target, dtype, problem});
+        if (!target.device.is_cuda() || problem.states <= 256) {  // SsdPlan asks for more
+          all.push_back({target, dtype, problem});
+        }
       }
     }
   }
@@ -1324,6 +1346,81 @@ TEST(SsdErrors, BadGradientNamesTheArgument) {
       EXPECT_TRUE(std::isnan(value)) << "memory was touched before the error";
     }
   }
+}
+
+// ---- the choice of a CUDA kernel, which needs no GPU ----
+
+mamba_native::cuda::DeviceInfo device_with(int shared_memory) {
+  mamba_native::cuda::DeviceInfo device;
+  device.multiprocessors = 132;
+  device.major = 9;
+  device.shared_memory_per_block = shared_memory;
+  return device;
+}
+
+constexpr int kTuring = 64 * 1024, kAda = 99 * 1024, kHopper = 227 * 1024;
+
+std::string forward_refusal(std::int64_t d_state, DType dtype, int shared_memory, int forced) {
+  try {
+    choose_forward(d_state, dtype, device_with(shared_memory), forced);
+    return "";
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+TEST(SsdPlan, TheSmallestTilesThatHoldTheStatesRun) {
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (const int shared_memory : {kAda, kHopper}) {
+      const mamba_native::cuda::DeviceInfo device = device_with(shared_memory);
+      for (const std::int64_t d_state : {1, 16, 64, 65, 128, 129, 256}) {
+        const int expected = d_state <= 64 ? 0 : d_state <= 128 ? 1 : 2;
+        EXPECT_EQ(choose_forward(d_state, dtype, device), expected) << d_state;
+        EXPECT_EQ(choose_backward(d_state, dtype, device), std::max(0, expected - 1)) << d_state;
+      }
+    }
+  }
+}
+
+TEST(SsdPlan, TuringRunsTheTilesThatFit) {
+  EXPECT_EQ(choose_forward(64, DType::f16, device_with(kTuring)), 0);
+  EXPECT_EQ(choose_forward(128, DType::f16, device_with(kTuring)), 2);
+  EXPECT_EQ(choose_forward(256, DType::f32, device_with(kTuring)), 2);
+}
+
+TEST(SsdPlan, AForcedRowRunsOrSaysWhyNot) {
+  EXPECT_EQ(choose_forward(64, DType::bf16, device_with(kHopper), 1), 1);
+  EXPECT_NE(forward_refusal(65, DType::bf16, kHopper, 0).find("it holds 64 states at most"),
+            std::string::npos);
+  EXPECT_NE(forward_refusal(128, DType::bf16, kTuring, 1).find("bytes of shared memory"),
+            std::string::npos);
+}
+
+TEST(SsdPlan, MoreStatesThanAnyRowHoldsAreRefused) {
+  EXPECT_NE(forward_refusal(257, DType::f32, kHopper, -1).find("no kernel takes d_state 257"),
+            std::string::npos);
+}
+
+BackwardPlan plan_of(std::int64_t batch, std::int64_t length) {
+  const std::int64_t heads = 80, P = 64, N = 128;
+  BackwardParams params;
+  params.in.x = TensorView(nullptr, DType::bf16, {batch, length, heads, P}, test::kCuda);
+  params.in.B = TensorView(nullptr, DType::bf16, {batch, length, 1, N}, test::kCuda);
+  return plan_backward(params, device_with(kHopper));
+}
+
+TEST(SsdPlan, BackwardSharesHeadsWhereThereAreFewChunks) {
+  EXPECT_EQ(plan_of(1, 2048).shares, 8);  // 32 chunks for 264 CTAs
+  EXPECT_EQ(plan_of(1, 64).shares, 80);   // as many as there are heads
+  EXPECT_EQ(plan_of(64, 2048).shares, 1);
+}
+
+TEST(SsdPlan, BackwardsWorkspaceIsBoundedByAStretch) {
+  const BackwardPlan short_plan = plan_of(1, 8192), long_plan = plan_of(1, 65536);
+  EXPECT_EQ(short_plan.stretch % kCheckpointInterval, 0);
+  EXPECT_EQ(short_plan.stretch, long_plan.stretch);
+  EXPECT_LE(2 * (long_plan.leaving - long_plan.entering) * 4, kStretchBytes);
+  EXPECT_EQ(plan_of(1, 100).stretch, 100);
 }
 
 TEST(SsdErrors, Float64OnAGpuIsRefusedByName) {

@@ -147,7 +147,7 @@ __device__ __forceinline__ void multiply_with_fma(float (&acc)[J][4], const T* a
   constexpr int kDepth = 4;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = fragment_row(lane), column = fragment_column(lane);
-#pragma unroll 2
+#pragma unroll 1
   for (int k = 0; k < depth; k += kDepth) {
     float a_rows[2][kDepth];
 #pragma unroll

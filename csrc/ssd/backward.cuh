@@ -1,0 +1,824 @@
+// The backward kernels and their host launcher. The room's README derives the gradient; with
+// g = dL/dy and q[t] = dL/dS[t] = g[t] C[t]^T + exp(delta[t+1] A) q[t+1] it is, for a chunk that
+// begins with the state S, and that q' = exp(delta[end] A) q[end] of the steps after it enters:
+//   dx[s]  = delta[s] (sum_{t >= s} decay(s, t) (C[t].B[s]) g[t] + decay(s, end) q' B[s]) + D g[s]
+//   dC[t]  = sum_h decay(-1, t) S^T g[t]                + sum_{s <= t} E[t, s] B[s]
+//   dB[s]  = sum_h delta[s] decay(s, end) q'^T x[s]     + sum_{t >= s} E[t, s] C[t]
+//   E[t,s] = sum_h decay(s, t) delta[s] (g[t].x[s])
+// Two launches for a stretch of time: the states and adjoints between all its chunks, then all its
+// chunks at once, where a CTA takes the heads of a group in turn, so that C B^T is computed once
+// and the sums over heads stay in registers.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "core/cuda/launch.h"
+#include "ssd/sums.h"
+#include "ssd/tensors.cuh"
+
+namespace mamba_native::ssd::cuda {
+
+template <class T>
+struct BackwardArgs {
+  DeviceInputs<T> in;
+  Steps<const T> dout;
+  Steps<T> dx, dz;
+  Rates ddt;
+  States dlast_states, dinitial_states;
+  const float* checkpoints;
+  Steps<float> dB, dC;      // of the first share of heads, and
+  std::int64_t share;       // floats from one share's to the next's
+  std::int64_t sums_begin;  // their first step
+  int shares;               // CTAs that divide a group's heads among them
+  std::int64_t begin, end;  // the stretch of time, in steps; begins at a checkpoint
+  int all_windows;          // and in the whole sequence
+  int plane;                // elements of a state in `entering` and `leaving`
+  int row;                  // and of one channel of it
+  T* entering;              // (windows, B, H, P, row): the state before each chunk
+  T* leaving;               // the same shape: q' after each chunk
+  float* carry;             // (B, H, P, N): q' between stretches
+  float* dA;                // (B * all_windows, H): parts of sums, as are the next two
+  float* ddt_bias;
+  float* dD;  // (B * all_windows, H, P)
+
+  __device__ __forceinline__ std::int64_t state_offset(int window, int b, int h, int p) const {
+    return ((static_cast<std::int64_t>(window) * in.batch + b) * in.heads + h) * plane +
+           static_cast<std::int64_t>(p) * row;
+  }
+  __device__ __forceinline__ States carried(int b) const {
+    const std::int64_t head = static_cast<std::int64_t>(in.headdim) * in.states;
+    return {carry + b * in.heads * head, 0, head, in.states, 1};
+  }
+};
+
+// g = dL/dy = dout silu(z) of some steps, into a tile; as load_tile.
+template <class T, int ROWS, int COLUMNS>
+__device__ __forceinline__ void load_gated(T* to, int stride, const BackwardArgs<T>& args, int b,
+                                           std::int64_t t, int h, int p, int valid_rows,
+                                           int valid_columns, int thread, int threads) {
+  const Steps<const T>& dout = args.dout;
+  const Steps<const T>& z = args.in.z;
+  const T* const from = dout.at(b, t, h, p);
+  if (z.data == nullptr) {
+    load_tile<T, ROWS, COLUMNS>(to, stride, from, dout.step, dout.element, dout.vectorize,
+                                valid_rows, valid_columns, thread, threads);
+    return;
+  }
+  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  constexpr int kPerRow = COLUMNS / kVector;
+  const T* const gates = z.at(b, t, h, p);
+#pragma unroll 1
+  for (int v = thread; v < ROWS * kPerRow; v += threads) {
+    const int r = v / kPerRow, c = v % kPerRow * kVector;
+    const int valid = r < valid_rows ? valid_columns - c : 0;
+    float values[kVector], gate[kVector];
+    load_span<kVector>(from + r * dout.step + c * dout.element, dout.element, valid, dout.vectorize,
+                       values);
+    load_span<kVector>(gates + r * z.step + c * z.element, z.element, valid, z.vectorize, gate);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] *= fast_silu(gate[i]);
+    }
+    store_vector<kVector>(to + r * stride + c, values);
+  }
+}
+
+// ---- states and adjoints between chunks ----
+
+inline constexpr int kStatesWarps = 8;
+
+//   grid    first the adjoints, (b, block of P channels, head), each from the stretch's end to its
+//           begin; then the states, (block of kCheckpointInterval steps, b, block of channels,
+//           head)
+//   CTA     as in the forward scan; between barriers: bring the chunk in; scale its x or g; the new
+//           state
+template <class T, int STEPS, int P, int N, int BLOCKS>
+__global__ void __launch_bounds__(kStatesWarps* kWarp, BLOCKS)
+    chunk_states(const BackwardArgs<T> args) {
+  constexpr int kThreads = kStatesWarps * kWarp;
+  using StateSplit = Split<P, N, kStatesWarps>;
+  constexpr int kX = kRowStride<T, P>, kB = kRowStride<T, N>;
+  static_assert(kCheckpointInterval % STEPS == 0, "checkpoints fall on chunk borders");
+
+  extern __shared__ float4 shared_memory[];
+  T* const x = reinterpret_cast<T*>(shared_memory);
+  T* const B = x + STEPS * kX;
+  T* const S = B + STEPS * kB;
+  Decays<T, STEPS>& decays = *reinterpret_cast<Decays<T, STEPS>*>(S + P * kB);
+
+  const DeviceInputs<T>& in = args.in;
+  const int channel_blocks = (in.headdim + P - 1) / P;
+  const int block = static_cast<int>(blockIdx.x) / in.heads;
+  const int row_block = block / channel_blocks;  // b, then (block of steps, b)
+  const int b = row_block % in.batch;
+  const bool adjoint = row_block < in.batch;
+  // Steps that this CTA visits.
+  const std::int64_t first =
+      adjoint ? args.begin : args.begin + (row_block / in.batch - 1) * kCheckpointInterval;
+  const std::int64_t last = adjoint ? args.end : min(first + kCheckpointInterval, args.end);
+  float state[StateSplit::kJ][4];
+
+  std::int64_t begin = first, end = last;
+  while (begin < last && end > first) {
+    const int thread = recomputed(static_cast<int>(threadIdx.x));
+    const int warp = thread / kWarp, lane = thread % kWarp;
+    const int h = recomputed(static_cast<int>(blockIdx.x) % in.heads);
+    const int p0 = recomputed(block % channel_blocks) * P;
+    const int group = h / in.heads_per_group;
+    const int channels = min(P, in.headdim - p0);
+    const int state_p = StateSplit::row(warp), state_n = StateSplit::column(warp);
+    const bool has_state = StateSplit::active(warp);
+
+    bool at_border;  // between two chunks, or at an end of the sequence
+    if (adjoint) {
+      begin = in.sequences.begin_of(b, end, (end - 1) / STEPS * STEPS);
+      at_border = end % STEPS == 0 || end == in.length;
+      if (has_state) {
+        if (in.sequences.ends(b, end - 1)) {
+          load_states(state, in, args.dlast_states, in.sequences.leaving(b, end - 1), h,
+                      p0 + state_p, state_n, lane);
+        } else if (end == last) {
+          load_states(state, in, args.carried(b), 0, h, p0 + state_p, state_n, lane);
+        }
+      }
+    } else {
+      end = in.sequences.end_of(b, begin, min((begin / STEPS + 1) * STEPS, last));
+      at_border = begin % STEPS == 0;
+      if (has_state) {
+        if (in.sequences.begins(b, begin)) {
+          load_states(state, in, in.initial_states, in.sequences.entering(b, begin), h,
+                      p0 + state_p, state_n, lane);
+        } else if (begin == first) {
+          load_states(
+              state, in,
+              checkpoint(in, const_cast<float*>(args.checkpoints), b, begin / kCheckpointInterval),
+              0, h, p0 + state_p, state_n, lane);
+        }
+      }
+    }
+    if (at_border && has_state) {
+      store_fragments(state, S + state_p * kB + state_n, kB, lane);
+    }
+    const int steps = static_cast<int>(end - begin);
+    const bool is_last = !adjoint && begin / STEPS == (last - 1) / STEPS;  // nobody asks for more
+    if (adjoint) {
+      load_gated<T, STEPS, P>(x, kX, args, b, begin, h, p0, steps, channels, thread, kThreads);
+    } else {
+      load_tile<T, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
+                             in.x.vectorize, steps, channels, thread, kThreads);
+    }
+    const Steps<const T>& projection = adjoint ? in.C : in.B;
+    load_tile<T, STEPS, N>(B, kB, projection.at(b, begin, group, 0), projection.step,
+                           projection.element, projection.vectorize, steps, in.states, thread,
+                           kThreads);
+    if (warp == 0) {
+      decays.prepare(in, b, h, begin, steps);
+    }
+    mamba_native::cuda::wait_for_copies();
+    __syncthreads();
+
+    if (at_border) {
+      const int window = static_cast<int>(((adjoint ? end - 1 : begin) - args.begin) / STEPS);
+      T* const to = (adjoint ? args.leaving : args.entering) + args.state_offset(window, b, h, p0);
+      store_tile<T, P, N>(S, kB, to, args.row, 1, true, channels, args.row, thread, kThreads);
+    }
+    if (is_last) {
+      break;
+    }
+    if (adjoint) {
+      scale_tile<T, STEPS, P>(x, x, kX, AdjointFactor<T, STEPS>{decays}, thread, kThreads);
+    } else {
+      scale_tile<T, STEPS, P>(x, x, kX, DriveFactor<T, STEPS>{decays}, thread, kThreads);
+    }
+    __syncthreads();
+
+    if (has_state) {
+      const float decay = decays.whole();
+      scale_rows(state, decay, decay);
+      multiply<StateSplit::kJ, Order::across_k, Order::across_k>(state, x + state_p, kX,
+                                                                 B + state_n, kB, STEPS);
+    }
+    if (adjoint) {
+      if (has_state && in.sequences.begins(b, begin)) {
+        store_states(state, in, args.dinitial_states, in.sequences.entering(b, begin), h,
+                     p0 + state_p, state_n, lane);
+      }
+      end = begin;
+      begin = first;
+    } else {
+      begin = end;
+      end = last;
+    }
+    __syncthreads();
+  }
+  if (adjoint && args.begin > 0) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    if (StateSplit::active(warp)) {
+      store_states(state, in, args.carried(b), 0, static_cast<int>(blockIdx.x) % in.heads,
+                   block % channel_blocks * P + StateSplit::row(warp), StateSplit::column(warp),
+                   static_cast<int>(threadIdx.x) % kWarp);
+    }
+  }
+}
+
+// ---- chunks ----
+
+// A state (P, N) into a tile: from the workspace, or where a sequence begins or ends from row `row`
+// of a tensor; 0 where there is no such row or no tensor.
+template <class T, int P, int N>
+__device__ __forceinline__ void load_state_tile(T* to, int stride, const BackwardArgs<T>& args,
+                                                const T* between, bool own, const States& from,
+                                                int row, int h, int p0, int channels, int thread,
+                                                int threads) {
+  if (!own) {
+    load_tile<T, P, N>(to, stride, between, args.row, 1, true, channels, args.row, thread, threads);
+    return;
+  }
+  const bool exists = from.data != nullptr && row >= 0;
+#pragma unroll 1
+  for (int i = thread; i < P * N; i += threads) {
+    const int p = i / N, n = i % N;
+    to[p * stride + n] = from_float<T>(
+        exists && p < channels && n < args.in.states ? from.at(row, h, p0 + p, n) : 0.0f);
+  }
+}
+
+// Sum over the four lanes that share a row of a product, and over the eight that share a column.
+__device__ __forceinline__ float sum_of_row(float value) {
+  value += __shfl_xor_sync(kAllLanes, value, 1);
+  return value + __shfl_xor_sync(kAllLanes, value, 2);
+}
+__device__ __forceinline__ float sum_of_column(float value) {
+  value += __shfl_xor_sync(kAllLanes, value, 4);
+  value += __shfl_xor_sync(kAllLanes, value, 8);
+  return value + __shfl_xor_sync(kAllLanes, value, 16);
+}
+
+// sum = value, or += where there is a sum already.
+__device__ __forceinline__ void add_up(float& sum, float value, bool is_first) {
+  sum = is_first ? value : sum + value;
+}
+
+// A lane's share of the sums of rows `upper` and `upper` + 8 of a product.
+__device__ __forceinline__ void store_row_sums(float* sums, const float (&shares)[2], int upper,
+                                               bool is_first) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = sum_of_row(shares[i]);
+    if (threadIdx.x % 4 == 0) {
+      add_up(sums[upper + 8 * i], sum, is_first);
+    }
+  }
+}
+
+// Of a product over the states.
+__device__ __forceinline__ int depth_of(int states) { return (states + 15) / 16 * 16; }
+
+inline constexpr int kChunkWarps = 16;
+
+// What the warps of a CTA add up for one head; sums over channels and states.
+template <int STEPS, int N>
+struct HeadSums {
+  static constexpr int kColumnBlocks = Split<STEPS, N, kChunkWarps>::kColumnBlocks;
+  float row[kColumnBlocks][STEPS];     // of t: gradient of the decays that end with it
+  float direct[kColumnBlocks][STEPS];  // of s: decay(s, end) (q' B[s]).x[s]
+  float column[STEPS / 16][STEPS];     // of s: gradient of the decays that begin after it, / delta
+  float diagonal[STEPS];               // (C[s].B[s]) (g[s].x[s])
+  float whole[kChunkWarps];            // S.q'
+};
+
+// The steps' gradient once a head's sums are complete, by one warp. With a = delta A, and T, U, V
+// for the sums over pairs of steps, from the state and to the adjoint, the gradient of a[u] is that
+// of all decays over u:
+//   sum_{s < u <= t} T[t, s] + sum_{t >= u} V[t] + sum_{s < u} U[s] + decay(-1, end) S.q'
+template <class T, int STEPS, int N>
+__device__ __forceinline__ void finish_steps(const BackwardArgs<T>& args,
+                                             const HeadSums<STEPS, N>& sums,
+                                             const Decays<T, STEPS>& decays, int b, int h,
+                                             std::int64_t begin, int steps, bool add) {
+  constexpr int kItems = STEPS > kWarp ? STEPS / kWarp : 1;
+  const DeviceInputs<T>& in = args.in;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  double after[kItems], before[kItems];  // of each step: its own share of the sums above
+  float ddelta[kItems];
+  double after_sum = 0.0, before_sum = 0.0;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int u = lane * kItems + i;
+    double row = 0.0, column = 0.0, direct = 0.0, delta = 0.0;
+    float diagonal = 0.0f;
+    if (u < STEPS) {
+      for (int j = 0; j < HeadSums<STEPS, N>::kColumnBlocks; ++j) {
+        row += sums.row[j][u];
+        direct += sums.direct[j][u];
+      }
+      for (int j = u / 16; j < STEPS / 16; ++j) {
+        column += sums.column[j][u];
+      }
+      diagonal = sums.diagonal[u];
+      delta = decays.delta[u];
+    }
+    ddelta[i] = static_cast<float>(column + direct) + diagonal;
+    after[i] = row - delta * column;  // in double: most of both may cancel
+    before[i] = delta * direct;
+    after_sum += after[i];
+    before_sum += before[i];
+  }
+  double later = after_sum,
+         earlier = before_sum;  // of this lane's steps and all after, before them
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const double up = __shfl_up_sync(kAllLanes, earlier, offset);
+    const double down = __shfl_down_sync(kAllLanes, later, offset);
+    earlier += lane >= offset ? up : 0.0;
+    later += lane + offset < kWarp ? down : 0.0;
+  }
+  earlier -= before_sum;
+  float whole = lane < kChunkWarps ? sums.whole[lane] : 0.0f;
+  whole = mamba_native::cuda::warp_sum(whole) * decays.whole();
+  const float A = in.A.at(h, 0);
+  float dA = 0.0f, dbias = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int u = lane * kItems + i;
+    if (u < steps) {
+      float slope;
+      const float delta = in.discretise(b, begin + u, h, &slope);
+      const float exponent = static_cast<float>(later + earlier + static_cast<double>(whole));
+      const float ddt = slope * fmaf(A, exponent, ddelta[i]);
+      mamba_native::cuda::store_weight(args.ddt.data, args.ddt.dtype,
+                                       args.ddt.offset(b, begin + u, h), ddt);
+      dA = fmaf(delta, exponent, dA);
+      dbias += ddt;
+    }
+    later -= after[i];
+    earlier += before[i];
+  }
+  dA = mamba_native::cuda::warp_sum(dA);
+  dbias = mamba_native::cuda::warp_sum(dbias);
+  if (lane == 0) {
+    const std::int64_t at =
+        (static_cast<std::int64_t>(b) * args.all_windows + begin / STEPS) * in.heads + h;
+    args.dA[at] = add ? args.dA[at] + dA : dA;
+    args.ddt_bias[at] = add ? args.ddt_bias[at] + dbias : dbias;
+  }
+}
+
+// dz = dout y silu'(z) of 16 steps, by one warp; `y` has the outputs without D x. Tiles are as in
+// load_tile.
+template <class T, int COLUMNS>
+__device__ __forceinline__ void store_gate_gradients(const BackwardArgs<T>& args, const T* y,
+                                                     const T* x, int stride, int b, std::int64_t t,
+                                                     int h, int p, int valid_rows,
+                                                     int valid_columns, int lane) {
+  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  constexpr int kPerRow = COLUMNS / kVector;
+  const DeviceInputs<T>& in = args.in;
+#pragma unroll 1
+  for (int v = lane; v < 16 * kPerRow; v += kWarp) {
+    const int r = v / kPerRow, c = v % kPerRow * kVector;
+    const int valid = r < valid_rows ? valid_columns - c : 0;
+    float values[kVector], other[kVector];
+    load_vector<kVector>(y + r * stride + c, values);
+    load_vector<kVector>(x + r * stride + c, other);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = fmaf(i < valid ? in.D.at(h, p + c + i) : 0.0f, other[i], values[i]);
+    }
+    load_span<kVector>(args.dout.at(b, t + r, h, p + c), args.dout.element, valid,
+                       args.dout.vectorize, other);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] *= other[i];
+    }
+    load_span<kVector>(in.z.at(b, t + r, h, p + c), in.z.element, valid, in.z.vectorize, other);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] *= fast_silu_grad(other[i]);
+    }
+    store_span<kVector>(args.dz.at(b, t + r, h, p + c), args.dz.element, valid, args.dz.vectorize,
+                        values);
+  }
+}
+
+//   grid    (window of STEPS steps, b, group, share of the group's heads), one dimension
+//   CTA     takes the pieces into which sequences cut its window in turn, and for each the heads,
+//           P channels at a time; C B^T, E, dB and dC stay in registers
+//   shared  the piece's B, C; of the head S, q', x, g, and its scores; sums over warps
+template <class T, int STEPS, int P, int N>
+__global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
+    chunk_gradients(const BackwardArgs<T> args) {
+  constexpr int kThreads = kChunkWarps * kWarp;
+  using ChannelSplit = Split<STEPS, P, kChunkWarps>;
+  using StateSplit = Split<STEPS, N, kChunkWarps>;
+  using ScoreSplit = Split<STEPS, STEPS, kChunkWarps>;
+  using Sums = HeadSums<STEPS, N>;
+  constexpr int kX = kRowStride<T, P>, kB = kRowStride<T, N>, kM = kRowStride<T, STEPS>;
+  constexpr int kJN = StateSplit::kJ, kJP = ChannelSplit::kJ;
+  static_assert(ScoreSplit::kJ == 2, "a warp has one block of scores");
+  static_assert(STEPS / 16 * P * sizeof(float) + STEPS * kX * sizeof(T) <= P * kB * sizeof(T),
+                "dD's sums and y fit S's tile");
+
+  extern __shared__ float4 shared_memory[];
+  T* const B = reinterpret_cast<T*>(shared_memory);
+  T* const C = B + STEPS * kB;
+  T* const S = C + STEPS * kB;
+  T* const Q = S + P * kB;
+  T* const x = Q + P * kB;
+  T* const g = x + STEPS * kX;
+  T* const scores = g + STEPS * kX;
+  Sums& sums = *reinterpret_cast<Sums*>(scores + STEPS * kM);
+  Decays<T, STEPS>& decays = *reinterpret_cast<Decays<T, STEPS>*>(&sums + 1);
+  float* const channel_sums = reinterpret_cast<float*>(S);  // (STEPS / 16, P), once S is dead
+
+  T* const outputs = reinterpret_cast<T*>(channel_sums + STEPS / 16 * P);  // and beside them y
+
+  const DeviceInputs<T>& in = args.in;
+  const int groups = in.heads / in.heads_per_group;
+  const int share = static_cast<int>(blockIdx.x) % args.shares;
+  const int group = static_cast<int>(blockIdx.x) / args.shares % groups;
+  const int row_block = static_cast<int>(blockIdx.x) / args.shares / groups;
+  const int entry = row_block % in.batch;
+  const int window = row_block / in.batch;
+  const int first_head = group * in.heads_per_group + share * in.heads_per_group / args.shares;
+  const int last_head = group * in.heads_per_group + (share + 1) * in.heads_per_group / args.shares;
+
+  const std::int64_t first = args.begin + static_cast<std::int64_t>(window) * STEPS;
+  const int all_steps = static_cast<int>(min(static_cast<std::int64_t>(STEPS), args.end - first));
+  int steps = 0;
+  for (int piece = 0; piece < all_steps; piece += steps) {
+    steps = static_cast<int>(in.sequences.end_of(entry, first + piece, first + all_steps) - first) -
+            piece;
+    float dB[kJN][4], dC[kJN][4], products[2][4], dproducts[2][4];
+    clear(dB);
+    clear(dC);
+    clear(products);
+    clear(dproducts);
+    {
+      const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
+      load_tile<T, STEPS, N>(B, kB, in.B.at(entry, first + piece, group, 0), in.B.step,
+                             in.B.element, in.B.vectorize, steps, in.states, thread, kThreads);
+      load_tile<T, STEPS, N>(C, kB, in.C.at(entry, first + piece, group, 0), in.C.step,
+                             in.C.element, in.C.vectorize, steps, in.states, thread, kThreads);
+      mamba_native::cuda::wait_for_copies();
+      __syncthreads();
+      if (ScoreSplit::column(warp) <= ScoreSplit::row(warp)) {
+        multiply<2, Order::along_k, Order::along_k>(products, C + ScoreSplit::row(warp) * kB, kB,
+                                                    B + ScoreSplit::column(warp) * kB, kB,
+                                                    depth_of(in.states));
+      }
+    }
+
+    for (int head = first_head; head < last_head; ++head) {
+      for (int first_channel = 0; first_channel < in.headdim; first_channel += P) {
+        const int h = recomputed(head), p0 = recomputed(first_channel), b = recomputed(entry);
+        const std::int64_t begin =
+            args.begin + static_cast<std::int64_t>(recomputed(window)) * STEPS + piece;
+        const int channels = min(P, in.headdim - p0);
+        const bool is_first = p0 == 0;  // of the head: sums begin
+        {                               // bring the chunk in
+          const int thread = recomputed(static_cast<int>(threadIdx.x));
+          const int warp = thread / kWarp, lane = thread % kWarp;
+          const std::int64_t state_offset = args.state_offset(window, b, h, p0);
+          load_state_tile<T, P, N>(S, kB, args, args.entering + state_offset,
+                                   in.sequences.begins(b, begin), in.initial_states,
+                                   in.sequences.entering(b, begin), h, p0, channels, thread,
+                                   kThreads);
+          load_state_tile<T, P, N>(Q, kB, args, args.leaving + state_offset,
+                                   in.sequences.ends(b, begin + steps - 1), args.dlast_states,
+                                   in.sequences.leaving(b, begin + steps - 1), h, p0, channels,
+                                   thread, kThreads);
+          load_tile<T, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
+                                 in.x.vectorize, steps, channels, thread, kThreads);
+          load_gated<T, STEPS, P>(g, kX, args, b, begin, h, p0, steps, channels, thread, kThreads);
+          if (warp == 0 && is_first) {
+            decays.prepare(in, b, h, begin, steps);
+          }
+          mamba_native::cuda::wait_for_copies();
+          __syncthreads();
+        }
+        {  // scores, sums, dB and dC
+          const int thread = recomputed(static_cast<int>(threadIdx.x));
+          const int warp = thread / kWarp, lane = thread % kWarp;
+          float row_sums[2] = {0.0f, 0.0f};
+          const int score_row = ScoreSplit::row(warp), score_column = ScoreSplit::column(warp);
+          if (score_column <= score_row) {
+            float column_sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            float block[2][4];
+            clear(block);
+            multiply<2, Order::along_k, Order::along_k>(block, g + score_row * kX, kX,
+                                                        x + score_column * kX, kX, P);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int t = score_row + fragment_row(lane) + e / 2 * 8;
+                const int s = score_column + 8 * j + fragment_column(lane) + e % 2;
+                const float decay = s <= t ? decays.between(s, t) : 0.0f;
+                const float score = products[j][e] * decay;
+                const float gradient = block[j][e] * score;
+                dproducts[j][e] = fmaf(block[j][e] * decay, decays.delta[s], dproducts[j][e]);
+                block[j][e] = score * decays.delta[s];
+                if (s < t) {
+                  row_sums[e / 2] = fmaf(gradient, decays.delta[s], row_sums[e / 2]);
+                  column_sums[2 * j + e % 2] += gradient;
+                } else if (s == t) {
+                  add_up(sums.diagonal[s], gradient, is_first);
+                }
+              }
+            }
+            store_fragments(block, scores + score_row * kM + score_column, kM, lane);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float sum = sum_of_column(column_sums[i]);
+              if (lane < 4) {
+                add_up(sums.column[score_row / 16][score_column + i / 2 * 8 + 2 * lane + i % 2],
+                       sum, is_first);
+              }
+            }
+          }
+          const int row = StateSplit::row(warp), column = StateSplit::column(warp);
+          const int upper = row + fragment_row(lane), lower = upper + 8;
+          if (column < depth_of(in.states) && StateSplit::active(warp)) {
+            float part[kJN][4];
+            clear(part);
+            multiply<kJN, Order::along_k, Order::across_k>(part, g + row * kX, kX, S + column, kB,
+                                                           P);
+            scale_rows(part, decays.from_start(upper), decays.from_start(lower));
+#pragma unroll
+            for (int j = 0; j < kJN; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int n = column + 8 * j + fragment_column(lane) + e % 2;
+                const float c = as_float(C[(e < 2 ? upper : lower) * kB + n]);
+                row_sums[e / 2] = fmaf(part[j][e], c, row_sums[e / 2]);
+                dC[j][e] += part[j][e];
+              }
+            }
+            store_row_sums(sums.row[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+            row_sums[0] = row_sums[1] = 0.0f;
+            clear(part);
+            multiply<kJN, Order::along_k, Order::across_k>(part, x + row * kX, kX, Q + column, kB,
+                                                           P);
+            scale_rows(part, decays.to_end(upper), decays.to_end(lower));
+#pragma unroll
+            for (int j = 0; j < kJN; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int n = column + 8 * j + fragment_column(lane) + e % 2;
+                const int s = e < 2 ? upper : lower;
+                row_sums[e / 2] = fmaf(part[j][e], as_float(B[s * kB + n]), row_sums[e / 2]);
+                dB[j][e] = fmaf(part[j][e], decays.delta[s], dB[j][e]);
+              }
+            }
+            store_row_sums(sums.direct[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+          } else {
+            store_row_sums(sums.row[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+            row_sums[0] = row_sums[1] = 0.0f;
+            store_row_sums(sums.direct[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+          }
+          float whole = 0.0f;
+          constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+          for (int v = thread; v < P * N / kVector; v += kThreads) {
+            const int at = v / (N / kVector) * kB + v % (N / kVector) * kVector;
+            float state[kVector], adjoint[kVector];
+            load_vector<kVector>(S + at, state);
+            load_vector<kVector>(Q + at, adjoint);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+              whole = fmaf(state[i], adjoint[i], whole);
+            }
+          }
+          whole = mamba_native::cuda::warp_sum(whole);
+          if (lane == 0) {
+            add_up(sums.whole[warp], whole, is_first);
+          }
+          __syncthreads();
+        }
+        // dz, dx and dD
+        const int thread = recomputed(static_cast<int>(threadIdx.x));
+        const int warp = thread / kWarp, lane = thread % kWarp;
+        const int s0 = ChannelSplit::row(warp), c0 = ChannelSplit::column(warp);
+        const bool has_channels = ChannelSplit::active(warp);
+        const int s_upper = s0 + fragment_row(lane), s_lower = s_upper + 8;
+        float part[kJP][4];
+        if (in.z.data != nullptr) {
+          if (has_channels) {
+            clear(part);
+            multiply<kJP, Order::along_k, Order::along_k>(part, C + s0 * kB, kB, S + c0 * kB, kB,
+                                                          depth_of(in.states));
+            scale_rows(part, decays.from_start(s_upper), decays.from_start(s_lower));
+            multiply<kJP, Order::along_k, Order::across_k>(part, scores + s0 * kM, kM, x + c0, kX,
+                                                           s0 + 16);
+          }
+          __syncthreads();
+          if (has_channels) {
+            T* const y = outputs + s0 * kX + c0;
+            store_fragments(part, y, kX, lane);
+            __syncwarp();
+            store_gate_gradients<T, ChannelSplit::kWidth>(args, y, x + s0 * kX + c0, kX, b,
+                                                          begin + s0, h, p0 + c0, steps - s0,
+                                                          channels - c0, lane);
+          }
+        }
+        if (has_channels) {
+          clear(part);
+          multiply<kJP, Order::along_k, Order::along_k>(part, B + s0 * kB, kB, Q + c0 * kB, kB,
+                                                        depth_of(in.states));
+          scale_rows(part, decays.delta[s_upper] * decays.to_end(s_upper),
+                     decays.delta[s_lower] * decays.to_end(s_lower));
+          multiply<kJP, Order::across_k, Order::across_k>(part, scores + s0 * kM + s0, kM,
+                                                          g + s0 * kX + c0, kX, STEPS - s0);
+          T* const stage = x + s0 * kX + c0;
+          const bool skips = in.D.data != nullptr;
+#pragma unroll
+          for (int j = 0; j < kJP; ++j) {
+            const int p = 8 * j + fragment_column(lane);
+            float skip[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int e = 0; e < 4 && skips; ++e) {
+              const int at = (s_upper + e / 2 * 8) * kX + c0 + p + e % 2;
+              const float of_g = as_float(g[at]);
+              part[j][e] =
+                  fmaf(in.D.at(h, min(p0 + c0 + p + e % 2, in.headdim - 1)), of_g, part[j][e]);
+              skip[e % 2] = fmaf(of_g, as_float(x[at]), skip[e % 2]);
+            }
+            if (skips) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const float sum = sum_of_column(skip[e]);
+                if (lane < 4) {
+                  channel_sums[s0 / 16 * P + c0 + p + e] = sum;
+                }
+              }
+            }
+          }
+          __syncwarp();
+          store_fragments(part, stage, kX, lane);
+          __syncwarp();
+          store_tile<T, 16, ChannelSplit::kWidth>(stage, kX, args.dx.at(b, begin + s0, h, p0 + c0),
+                                                  args.dx.step, args.dx.element, args.dx.vectorize,
+                                                  steps - s0, channels - c0, lane, kWarp);
+        }
+        __syncthreads();
+
+        if (in.D.data != nullptr && thread >= kWarp && thread - kWarp < channels) {
+          const int p = thread - kWarp;
+          float sum = 0.0f;
+#pragma unroll
+          for (int i = 0; i < STEPS / 16; ++i) {
+            sum += channel_sums[i * P + p];
+          }
+          float* const to =
+              args.dD +
+              ((static_cast<std::int64_t>(b) * args.all_windows + begin / STEPS) * in.heads + h) *
+                  in.headdim +
+              p0 + p;
+          *to = piece > 0 ? *to + sum : sum;
+        }
+        if (p0 + P >= in.headdim && warp == 0) {
+          finish_steps<T, STEPS, N>(args, sums, decays, b, h, begin, steps, piece > 0);
+        }
+        __syncthreads();
+      }
+    }
+
+    const int thread = recomputed(static_cast<int>(threadIdx.x));
+    const int warp = thread / kWarp, lane = thread % kWarp;
+    if (ScoreSplit::column(warp) <= ScoreSplit::row(warp)) {
+      store_fragments(dproducts, scores + ScoreSplit::row(warp) * kM + ScoreSplit::column(warp), kM,
+                      lane);
+    }
+    __syncthreads();
+    const int row = StateSplit::row(warp), column = StateSplit::column(warp);
+    if (StateSplit::active(warp)) {
+      multiply<kJN, Order::along_k, Order::across_k>(dC, scores + row * kM, kM, B + column, kB,
+                                                     row + 16);
+      multiply<kJN, Order::across_k, Order::across_k>(dB, scores + row * kM + row, kM,
+                                                      C + row * kB + column, kB, STEPS - row);
+#pragma unroll
+      for (int j = 0; j < kJN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int t = row + fragment_row(lane) + e / 2 * 8;
+          const int n = column + 8 * j + fragment_column(lane) + e % 2;
+          if (t < steps && n < in.states) {
+            const std::int64_t step = first + piece + t - args.sums_begin;
+            args.dB.at(entry, step, group, n)[share * args.share] = dB[j][e];
+            args.dC.at(entry, step, group, n)[share * args.share] = dC[j][e];
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <class T>
+using BackwardKernel = void (*)(BackwardArgs<T>);
+
+template <class T, std::size_t I>
+constexpr BackwardKernel<T> states_kernel() {
+  constexpr Config kConfig = backward_config(static_cast<int>(I), sizeof(T));
+  return &chunk_states<T, kConfig.steps, kConfig.headdim, kConfig.states, 2>;
+}
+
+template <class T, std::size_t I>
+constexpr BackwardKernel<T> gradients_kernel() {
+  constexpr Config kConfig = backward_config(static_cast<int>(I), sizeof(T));
+  return &chunk_gradients<T, kConfig.steps, kConfig.headdim, kConfig.states>;
+}
+
+template <class T, std::size_t... I>
+BackwardKernel<T> find_states_kernel(int index, std::index_sequence<I...>) {
+  static constexpr BackwardKernel<T> kKernels[] = {states_kernel<T, I>()...};
+  return kKernels[index];
+}
+
+template <class T, std::size_t... I>
+BackwardKernel<T> find_gradients_kernel(int index, std::index_sequence<I...>) {
+  static constexpr BackwardKernel<T> kKernels[] = {gradients_kernel<T, I>()...};
+  return kKernels[index];
+}
+
+template <class T>
+void launch(BackwardKernel<T> kernel, std::int64_t blocks, int warps, std::int64_t shared_memory,
+            const BackwardArgs<T>& args, void* stream) {
+  mamba_native::cuda::allow_shared_memory(kernel, static_cast<int>(shared_memory));
+  kernel<<<static_cast<unsigned>(count(blocks)), warps * kWarp,
+           static_cast<std::size_t>(shared_memory), static_cast<cudaStream_t>(stream)>>>(args);
+  MAMBA_CUDA_CHECK_LAUNCH();
+}
+
+template <class Host>
+void backward(const BackwardParams& params) {
+  using T = mamba_native::cuda::DeviceType<Host>;
+  const BackwardPlan plan = plan_backward(params);
+  const Config& config = backward_config(plan.config, sizeof(T));
+  const TensorView& x = params.in.x;
+  const std::int64_t batch = x.size[0], length = x.size[1], heads = x.size[2];
+  const std::int64_t groups = params.in.B.size[2], states_count = params.in.B.size[3];
+
+  BackwardArgs<T> args;
+  args.in = device_inputs<T>(params.in);
+  args.dout = steps<const T>(params.dout);
+  args.dx = steps<T>(params.dx);
+  args.dz = steps<T>(params.dz);
+  args.ddt = rates(params.ddt);
+  args.dlast_states = states(params.dlast_states);
+  args.dinitial_states = states(params.dinitial_states);
+  args.checkpoints = params.checkpoints.as<const float>();
+  args.dB = steps<float>(params.dB);
+  args.dC = steps<float>(params.dC);
+  args.share = 0;
+  args.sums_begin = 0;
+  args.shares = plan.shares;
+  args.all_windows = count(ceil_div(length, config.steps));
+  args.row = count(plan.row);
+  args.plane = count(x.size[3] * plan.row);
+  float* const workspace = params.workspace.as<float>();
+  args.dA = workspace + plan.dA;
+  args.ddt_bias = workspace + plan.ddt_bias;
+  args.dD = workspace + plan.dD;
+  args.carry = workspace + plan.carry;
+  args.entering = reinterpret_cast<T*>(workspace + plan.entering);
+  args.leaving = reinterpret_cast<T*>(workspace + plan.leaving);
+  float* const parts[] = {workspace + plan.dB, workspace + plan.dC};
+
+  const std::int64_t channel_blocks = ceil_div(x.size[3], config.headdim);
+  const std::int64_t stretches = ceil_div(length, plan.stretch);
+  for (std::int64_t stretch = stretches - 1; stretch >= 0; --stretch) {
+    args.begin = stretch * plan.stretch;
+    args.end = std::min(length, args.begin + plan.stretch);
+    const std::int64_t windows = (ceil_div(args.end - args.begin, config.steps));
+    if (plan.shares > 1) {
+      args.sums_begin = args.begin;
+      args.share = batch * (args.end - args.begin) * groups * states_count;
+      args.dB = args.dC = {parts[0],
+                           (args.end - args.begin) * groups * states_count,
+                           groups * states_count,
+                           states_count,
+                           1,
+                           false};
+      args.dC.data = parts[1];
+    }
+    const std::int64_t blocks = ceil_div(args.end - args.begin, kCheckpointInterval);
+    launch(find_states_kernel<T>(plan.config, std::make_index_sequence<kBackwardConfigCount>()),
+           batch * channel_blocks * heads * (1 + blocks), kStatesWarps,
+           states_shared_memory(config, sizeof(T)), args, params.stream);
+    launch(find_gradients_kernel<T>(plan.config, std::make_index_sequence<kBackwardConfigCount>()),
+           windows * batch * groups * plan.shares, kChunkWarps,
+           gradients_shared_memory(config, sizeof(T)), args, params.stream);
+    if (plan.shares > 1) {
+      sum_parts(params.dB, parts[0], plan.shares, args.begin, args.end, params.stream);
+      sum_parts(params.dC, parts[1], plan.shares, args.begin, args.end, params.stream);
+    }
+  }
+  const std::int64_t rows = batch * args.all_windows;
+  sum_rows(params.dA, args.dA, rows, 1, params.stream);
+  sum_rows(params.ddt_bias, args.ddt_bias, rows, 1, params.stream);
+  sum_rows(params.dD, args.dD, rows, x.size[3], params.stream);
+}
+
+}  // namespace mamba_native::ssd::cuda
