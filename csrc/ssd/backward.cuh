@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
         const bool is_first = p0 == 0;  // of the head: sums begin
         {                               // bring the chunk in
           const int thread = recomputed(static_cast<int>(threadIdx.x));
-          const int warp = thread / kWarp, lane = thread % kWarp;
+          const int warp = thread / kWarp;
           const std::int64_t state_offset = args.state_offset(window, b, h, p0);
           load_state_tile<T, P, N>(S, kB, args, args.entering + state_offset,
                                    in.sequences.begins(b, begin), in.initial_states,
