@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "core/cuda/launch.h"
 #include "ssd/sums.h"
 #include "ssd/tensors.cuh"
 
@@ -40,7 +39,9 @@ struct BackwardArgs {
   float* carry;             // (B, H, P, N): q' between stretches
   float* dA;                // (B * all_windows, H): parts of sums, as are the next two
   float* ddt_bias;
-  float* dD;  // (B * all_windows, H, P)
+  float* dD;  // as d_parts of plan.h says
+  bool d_per_channel;
+  int stages;  // heads whose tiles a CTA of the gradients holds
 
   __device__ __forceinline__ std::int64_t state_offset(int window, int b, int h, int p) const {
     return ((static_cast<std::int64_t>(window) * in.batch + b) * in.heads + h) * plane +
@@ -272,9 +273,6 @@ __device__ __forceinline__ void store_row_sums(float* sums, const float (&shares
   }
 }
 
-// Of a product over the states.
-__device__ __forceinline__ int depth_of(int states) { return (states + 15) / 16 * 16; }
-
 inline constexpr int kChunkWarps = 16;
 
 // What the warps of a CTA add up for one head; sums over channels and states.
@@ -365,47 +363,117 @@ __device__ __forceinline__ void finish_steps(const BackwardArgs<T>& args,
   }
 }
 
-// dz = dout y silu'(z) of 16 steps, by one warp; `y` has the outputs without D x. Tiles are as in
-// load_tile.
-template <class T, int COLUMNS>
-__device__ __forceinline__ void store_gate_gradients(const BackwardArgs<T>& args, const T* y,
-                                                     const T* x, int stride, int b, std::int64_t t,
-                                                     int h, int p, int valid_rows,
+// dz = dout y silu'(z) of this lane's part of a product: `y` has the outputs without D x, `x` is
+// the warp's part of x's tile.
+template <int J, class T>
+__device__ __forceinline__ void store_gate_gradients(const float (&y)[J][4], const T* x, int stride,
+                                                     const BackwardArgs<T>& args, int b,
+                                                     std::int64_t t, int h, int p, int valid_rows,
                                                      int valid_columns, int lane) {
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-  constexpr int kPerRow = COLUMNS / kVector;
   const DeviceInputs<T>& in = args.in;
-#pragma unroll 1
-  for (int v = lane; v < 16 * kPerRow; v += kWarp) {
-    const int r = v / kPerRow, c = v % kPerRow * kVector;
-    const int valid = r < valid_rows ? valid_columns - c : 0;
-    float values[kVector], other[kVector];
-    load_vector<kVector>(y + r * stride + c, values);
-    load_vector<kVector>(x + r * stride + c, other);
+  const int row = fragment_row(lane), column = fragment_column(lane);
+  const T* const douts = args.dout.at(b, t + row, h, p + column);
+  const T* const gates = in.z.at(b, t + row, h, p + column);
+  T* const to = args.dz.at(b, t + row, h, p + column);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[i] = fmaf(i < valid ? in.D.at(h, p + c + i) : 0.0f, other[i], values[i]);
-    }
-    load_span<kVector>(args.dout.at(b, t + r, h, p + c), args.dout.element, valid,
-                       args.dout.vectorize, other);
+  for (int j = 0; j < J; ++j) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[i] *= other[i];
+    for (int e = 0; e < 4; ++e) {
+      const int down = e / 2 * 8, right = 8 * j + e % 2;
+      if (row + down < valid_rows && column + right < valid_columns) {
+        const float skip = as_float(x[(row + down) * stride + column + right]);
+        const float out = fmaf(in.D.at(h, p + column + right), skip, y[j][e]);
+        const float dout = as_float(douts[down * args.dout.step + right * args.dout.element]);
+        const float gate = as_float(gates[down * in.z.step + right * in.z.element]);
+        to[down * args.dz.step + right * args.dz.element] =
+            from_float<T>(dout * out * fast_silu_grad(gate));
+      }
     }
-    load_span<kVector>(in.z.at(b, t + r, h, p + c), in.z.element, valid, in.z.vectorize, other);
+  }
+}
+
+// A part of dD: `skip` has this lane's g x of channels `column` and `column` + 1 of each eight of
+// the warp's 16 x 16 block. Every block has a place, so that no warp waits for another.
+template <int STEPS, int P, class T>
+__device__ __forceinline__ void store_skip_sums(const float (&skip)[2][2],
+                                                const BackwardArgs<T>& args, int b,
+                                                std::int64_t begin, int h, int s0, int p0, int c0,
+                                                bool is_first_piece, int lane) {
+  const DeviceInputs<T>& in = args.in;
+  const std::int64_t window = static_cast<std::int64_t>(b) * args.all_windows + begin / STEPS;
+  if (args.d_per_channel) {
+    float* const to =
+        args.dD + ((window * (STEPS / 16) + s0 / 16) * in.heads + h) * in.headdim + p0;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[i] *= fast_silu_grad(other[i]);
+    for (int i = 0; i < 4; ++i) {
+      const float sum = sum_of_column(skip[i / 2][i % 2]);
+      const int column = c0 + i / 2 * 8 + 2 * lane + i % 2;
+      if (lane < 4 && p0 + column < in.headdim) {
+        add_up(to[column], sum, is_first_piece);
+      }
     }
-    store_span<kVector>(args.dz.at(b, t + r, h, p + c), args.dz.element, valid, args.dz.vectorize,
-                        values);
+    return;
+  }
+  const float sum =
+      mamba_native::cuda::warp_sum(skip[0][0] + skip[0][1] + (skip[1][0] + skip[1][1]));
+  if (lane == 0) {
+    constexpr int kColumnBlocks = P / 16, kParts = STEPS / 16 * kColumnBlocks;
+    add_up(args.dD[(window * in.heads + h) * kParts + s0 / 16 * kColumnBlocks + c0 / 16], sum,
+           is_first_piece && p0 == 0);
+  }
+}
+
+// What a CTA of the gradients has in shared memory for all heads, and for each.
+template <class T, int STEPS, int N>
+struct GroupTiles {
+  alignas(16) T B[STEPS * kRowStride<T, N>];
+  T C[STEPS * kRowStride<T, N>];
+  T scores[STEPS * kRowStride<T, STEPS>];
+  HeadSums<STEPS, N> sums;
+};
+template <class T, int STEPS, int P, int N>
+struct HeadTiles {
+  alignas(16) T S[P * kRowStride<T, N>];  // the state that enters
+  T Q[P * kRowStride<T, N>];              // and the adjoint after the chunk
+  T x[STEPS * kRowStride<T, P>];
+  T g[STEPS * kRowStride<T, P>];
+  Decays<T, STEPS> decays;
+};
+
+// Two warps that have no block of the scores do what one warp does for all.
+inline constexpr int kDecayWarp = 3, kFinishWarp = kChunkWarps - 1;
+
+// Starts to bring a piece's tiles of one head in: channels from p0 on.
+template <class T, int STEPS, int P, int N>
+__device__ __forceinline__ void load_head(HeadTiles<T, STEPS, P, N>& to,
+                                          const BackwardArgs<T>& args, int window, int b, int h,
+                                          int p0, std::int64_t begin, int steps) {
+  constexpr int kThreads = kChunkWarps * kWarp;
+  constexpr int kX = kRowStride<T, P>, kB = kRowStride<T, N>;
+  const DeviceInputs<T>& in = args.in;
+  const int thread = recomputed(static_cast<int>(threadIdx.x));
+  const int channels = min(P, in.headdim - p0);
+  const std::int64_t state = args.state_offset(window, b, h, p0);
+  load_state_tile<T, P, N>(to.S, kB, args, args.entering + state, in.sequences.begins(b, begin),
+                           in.initial_states, in.sequences.entering(b, begin), h, p0, channels,
+                           thread, kThreads);
+  load_state_tile<T, P, N>(to.Q, kB, args, args.leaving + state,
+                           in.sequences.ends(b, begin + steps - 1), args.dlast_states,
+                           in.sequences.leaving(b, begin + steps - 1), h, p0, channels, thread,
+                           kThreads);
+  load_tile<T, STEPS, P>(to.x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
+                         in.x.vectorize, steps, channels, thread, kThreads);
+  load_gated<T, STEPS, P>(to.g, kX, args, b, begin, h, p0, steps, channels, thread, kThreads);
+  if (thread / kWarp == kDecayWarp) {
+    to.decays.prepare(in, b, h, begin, steps);
   }
 }
 
 //   grid    (window of STEPS steps, b, group, share of the group's heads), one dimension
 //   CTA     takes the pieces into which sequences cut its window in turn, and for each the heads,
 //           P channels at a time; C B^T, E, dB and dC stay in registers
-//   shared  the piece's B, C; of the head S, q', x, g, and its scores; sums over warps
+//   shared  the piece's B, C, scores and sums over warps; of the head S, q', x and g, and with two
+//           stages those of the next, which arrive meanwhile
 template <class T, int STEPS, int P, int N>
 __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
     chunk_gradients(const BackwardArgs<T> args) {
@@ -414,27 +482,22 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
   using StateSplit = Split<STEPS, N, kChunkWarps>;
   using ScoreSplit = Split<STEPS, STEPS, kChunkWarps>;
   using Sums = HeadSums<STEPS, N>;
+  using Group = GroupTiles<T, STEPS, N>;
+  using Head = HeadTiles<T, STEPS, P, N>;
   constexpr int kX = kRowStride<T, P>, kB = kRowStride<T, N>, kM = kRowStride<T, STEPS>;
   constexpr int kJN = StateSplit::kJ, kJP = ChannelSplit::kJ;
-  static_assert(ScoreSplit::kJ == 2, "a warp has one block of scores");
-  static_assert(STEPS / 16 * P * sizeof(float) + STEPS * kX * sizeof(T) <= P * kB * sizeof(T),
-                "dD's sums and y fit S's tile");
+  static_assert(ScoreSplit::kJ == 2 && kJP == 2, "a warp has one block of scores, one of x");
 
   extern __shared__ float4 shared_memory[];
-  T* const B = reinterpret_cast<T*>(shared_memory);
-  T* const C = B + STEPS * kB;
-  T* const S = C + STEPS * kB;
-  T* const Q = S + P * kB;
-  T* const x = Q + P * kB;
-  T* const g = x + STEPS * kX;
-  T* const scores = g + STEPS * kX;
-  Sums& sums = *reinterpret_cast<Sums*>(scores + STEPS * kM);
-  Decays<T, STEPS>& decays = *reinterpret_cast<Decays<T, STEPS>*>(&sums + 1);
-  float* const channel_sums = reinterpret_cast<float*>(S);  // (STEPS / 16, P), once S is dead
-
-  T* const outputs = reinterpret_cast<T*>(channel_sums + STEPS / 16 * P);  // and beside them y
+  Group& tiles = *reinterpret_cast<Group*>(shared_memory);
+  Head* const heads = reinterpret_cast<Head*>(&tiles + 1);
+  T* const B = tiles.B;
+  T* const C = tiles.C;
+  T* const scores = tiles.scores;
+  Sums& sums = tiles.sums;
 
   const DeviceInputs<T>& in = args.in;
+  const bool two_stages = args.stages == 2;
   const int groups = in.heads / in.heads_per_group;
   const int share = static_cast<int>(blockIdx.x) % args.shares;
   const int group = static_cast<int>(blockIdx.x) / args.shares % groups;
@@ -443,6 +506,8 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
   const int window = row_block / in.batch;
   const int first_head = group * in.heads_per_group + share * in.heads_per_group / args.shares;
   const int last_head = group * in.heads_per_group + (share + 1) * in.heads_per_group / args.shares;
+  const int channel_blocks = (in.headdim + P - 1) / P;
+  const int items = (last_head - first_head) * channel_blocks;
 
   const std::int64_t first = args.begin + static_cast<std::int64_t>(window) * STEPS;
   const int all_steps = static_cast<int>(min(static_cast<std::int64_t>(STEPS), args.end - first));
@@ -470,222 +535,210 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
       }
     }
 
-    for (int head = first_head; head < last_head; ++head) {
-      for (int first_channel = 0; first_channel < in.headdim; first_channel += P) {
-        const int h = recomputed(head), p0 = recomputed(first_channel), b = recomputed(entry);
-        const std::int64_t begin =
-            args.begin + static_cast<std::int64_t>(recomputed(window)) * STEPS + piece;
-        const int channels = min(P, in.headdim - p0);
-        const bool is_first = p0 == 0;  // of the head: sums begin
-        {                               // bring the chunk in
-          const int thread = recomputed(static_cast<int>(threadIdx.x));
-          const int warp = thread / kWarp;
-          const std::int64_t state_offset = args.state_offset(window, b, h, p0);
-          load_state_tile<T, P, N>(S, kB, args, args.entering + state_offset,
-                                   in.sequences.begins(b, begin), in.initial_states,
-                                   in.sequences.entering(b, begin), h, p0, channels, thread,
-                                   kThreads);
-          load_state_tile<T, P, N>(Q, kB, args, args.leaving + state_offset,
-                                   in.sequences.ends(b, begin + steps - 1), args.dlast_states,
-                                   in.sequences.leaving(b, begin + steps - 1), h, p0, channels,
-                                   thread, kThreads);
-          load_tile<T, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
-                                 in.x.vectorize, steps, channels, thread, kThreads);
-          load_gated<T, STEPS, P>(g, kX, args, b, begin, h, p0, steps, channels, thread, kThreads);
-          if (warp == 0 && is_first) {
-            decays.prepare(in, b, h, begin, steps);
-          }
-          mamba_native::cuda::wait_for_copies();
-          __syncthreads();
-        }
-        {  // scores, sums, dB and dC
-          const int thread = recomputed(static_cast<int>(threadIdx.x));
-          const int warp = thread / kWarp, lane = thread % kWarp;
-          float row_sums[2] = {0.0f, 0.0f};
-          const int score_row = ScoreSplit::row(warp), score_column = ScoreSplit::column(warp);
-          if (score_column <= score_row) {
-            float column_sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            float block[2][4];
-            clear(block);
-            multiply<2, Order::along_k, Order::along_k>(block, g + score_row * kX, kX,
-                                                        x + score_column * kX, kX, P);
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int t = score_row + fragment_row(lane) + e / 2 * 8;
-                const int s = score_column + 8 * j + fragment_column(lane) + e % 2;
-                const float decay = s <= t ? decays.between(s, t) : 0.0f;
-                const float score = products[j][e] * decay;
-                const float gradient = block[j][e] * score;
-                dproducts[j][e] = fmaf(block[j][e] * decay, decays.delta[s], dproducts[j][e]);
-                block[j][e] = score * decays.delta[s];
-                if (s < t) {
-                  row_sums[e / 2] = fmaf(gradient, decays.delta[s], row_sums[e / 2]);
-                  column_sums[2 * j + e % 2] += gradient;
-                } else if (s == t) {
-                  add_up(sums.diagonal[s], gradient, is_first);
-                }
-              }
-            }
-            store_fragments(block, scores + score_row * kM + score_column, kM, lane);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float sum = sum_of_column(column_sums[i]);
-              if (lane < 4) {
-                add_up(sums.column[score_row / 16][score_column + i / 2 * 8 + 2 * lane + i % 2],
-                       sum, is_first);
-              }
-            }
-          }
-          const int row = StateSplit::row(warp), column = StateSplit::column(warp);
-          const int upper = row + fragment_row(lane), lower = upper + 8;
-          if (column < depth_of(in.states) && StateSplit::active(warp)) {
-            float part[kJN][4];
-            clear(part);
-            multiply<kJN, Order::along_k, Order::across_k>(part, g + row * kX, kX, S + column, kB,
-                                                           P);
-            scale_rows(part, decays.from_start(upper), decays.from_start(lower));
-#pragma unroll
-            for (int j = 0; j < kJN; ++j) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int n = column + 8 * j + fragment_column(lane) + e % 2;
-                const float c = as_float(C[(e < 2 ? upper : lower) * kB + n]);
-                row_sums[e / 2] = fmaf(part[j][e], c, row_sums[e / 2]);
-                dC[j][e] += part[j][e];
-              }
-            }
-            store_row_sums(sums.row[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
-            row_sums[0] = row_sums[1] = 0.0f;
-            clear(part);
-            multiply<kJN, Order::along_k, Order::across_k>(part, x + row * kX, kX, Q + column, kB,
-                                                           P);
-            scale_rows(part, decays.to_end(upper), decays.to_end(lower));
-#pragma unroll
-            for (int j = 0; j < kJN; ++j) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int n = column + 8 * j + fragment_column(lane) + e % 2;
-                const int s = e < 2 ? upper : lower;
-                row_sums[e / 2] = fmaf(part[j][e], as_float(B[s * kB + n]), row_sums[e / 2]);
-                dB[j][e] = fmaf(part[j][e], decays.delta[s], dB[j][e]);
-              }
-            }
-            store_row_sums(sums.direct[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
-          } else {
-            store_row_sums(sums.row[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
-            row_sums[0] = row_sums[1] = 0.0f;
-            store_row_sums(sums.direct[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
-          }
-          float whole = 0.0f;
-          constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-          for (int v = thread; v < P * N / kVector; v += kThreads) {
-            const int at = v / (N / kVector) * kB + v % (N / kVector) * kVector;
-            float state[kVector], adjoint[kVector];
-            load_vector<kVector>(S + at, state);
-            load_vector<kVector>(Q + at, adjoint);
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) {
-              whole = fmaf(state[i], adjoint[i], whole);
-            }
-          }
-          whole = mamba_native::cuda::warp_sum(whole);
-          if (lane == 0) {
-            add_up(sums.whole[warp], whole, is_first);
-          }
-          __syncthreads();
-        }
-        // dz, dx and dD
+    // Item `next` is brought in; the one before it, or the same where a stage is all there is, is
+    // computed.
+    for (int next = 0; next < items + args.stages - 1; ++next) {
+      const int item = next + 1 - args.stages;
+      const std::int64_t begin =
+          args.begin + static_cast<std::int64_t>(recomputed(window)) * STEPS + piece;
+      const int b = recomputed(entry);
+      if (two_stages) {
+        mamba_native::cuda::wait_for_copies();
+      }
+      __syncthreads();  // `item` is there, and nobody reads what `next` overwrites
+      if (next < items) {
+        load_head(heads[next % args.stages], args, window, b, first_head + next / channel_blocks,
+                  next % channel_blocks * P, begin, steps);
+      }
+      if (item < 0) {
+        continue;
+      }
+      if (!two_stages) {
+        mamba_native::cuda::wait_for_copies();
+        __syncthreads();
+      }
+      Head& tile = heads[item % args.stages];
+      const T* const S = tile.S;
+      const T* const Q = tile.Q;
+      T* const x = tile.x;
+      const T* const g = tile.g;
+      const Decays<T, STEPS>& decays = tile.decays;
+      const int h = first_head + item / channel_blocks, p0 = item % channel_blocks * P;
+      const int channels = min(P, in.headdim - p0);
+      const bool is_first = p0 == 0;  // of the head: sums begin
+      {                               // scores, sums, dB and dC
         const int thread = recomputed(static_cast<int>(threadIdx.x));
         const int warp = thread / kWarp, lane = thread % kWarp;
-        const int s0 = ChannelSplit::row(warp), c0 = ChannelSplit::column(warp);
-        const bool has_channels = ChannelSplit::active(warp);
-        const int s_upper = s0 + fragment_row(lane), s_lower = s_upper + 8;
-        float part[kJP][4];
-        if (in.z.data != nullptr) {
-          if (has_channels) {
-            clear(part);
-            multiply<kJP, Order::along_k, Order::along_k>(part, C + s0 * kB, kB, S + c0 * kB, kB,
-                                                          depth_of(in.states));
-            scale_rows(part, decays.from_start(s_upper), decays.from_start(s_lower));
-            multiply<kJP, Order::along_k, Order::across_k>(part, scores + s0 * kM, kM, x + c0, kX,
-                                                           s0 + 16);
-          }
-          __syncthreads();
-          if (has_channels) {
-            T* const y = outputs + s0 * kX + c0;
-            store_fragments(part, y, kX, lane);
-            __syncwarp();
-            store_gate_gradients<T, ChannelSplit::kWidth>(args, y, x + s0 * kX + c0, kX, b,
-                                                          begin + s0, h, p0 + c0, steps - s0,
-                                                          channels - c0, lane);
-          }
-        }
-        if (has_channels) {
-          clear(part);
-          multiply<kJP, Order::along_k, Order::along_k>(part, B + s0 * kB, kB, Q + c0 * kB, kB,
-                                                        depth_of(in.states));
-          scale_rows(part, decays.delta[s_upper] * decays.to_end(s_upper),
-                     decays.delta[s_lower] * decays.to_end(s_lower));
-          multiply<kJP, Order::across_k, Order::across_k>(part, scores + s0 * kM + s0, kM,
-                                                          g + s0 * kX + c0, kX, STEPS - s0);
-          T* const stage = x + s0 * kX + c0;
-          const bool skips = in.D.data != nullptr;
+        float row_sums[2] = {0.0f, 0.0f};
+        const int score_row = ScoreSplit::row(warp), score_column = ScoreSplit::column(warp);
+        if (score_column <= score_row) {
+          float column_sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          float block[2][4];
+          clear(block);
+          multiply<2, Order::along_k, Order::along_k>(block, g + score_row * kX, kX,
+                                                      x + score_column * kX, kX, P);
 #pragma unroll
-          for (int j = 0; j < kJP; ++j) {
-            const int p = 8 * j + fragment_column(lane);
-            float skip[2] = {0.0f, 0.0f};
+          for (int j = 0; j < 2; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4 && skips; ++e) {
-              const int at = (s_upper + e / 2 * 8) * kX + c0 + p + e % 2;
-              const float of_g = as_float(g[at]);
-              part[j][e] =
-                  fmaf(in.D.at(h, min(p0 + c0 + p + e % 2, in.headdim - 1)), of_g, part[j][e]);
-              skip[e % 2] = fmaf(of_g, as_float(x[at]), skip[e % 2]);
-            }
-            if (skips) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const float sum = sum_of_column(skip[e]);
-                if (lane < 4) {
-                  channel_sums[s0 / 16 * P + c0 + p + e] = sum;
-                }
+            for (int e = 0; e < 4; ++e) {
+              const int t = score_row + fragment_row(lane) + e / 2 * 8;
+              const int s = score_column + 8 * j + fragment_column(lane) + e % 2;
+              const bool is_pair = s <= t;
+              const float decay = is_pair ? decays.between(s, t) : 0.0f;
+              const float score = products[j][e] * decay;
+              const float gradient = block[j][e] * score;
+              const float dproduct = block[j][e] * decay * decays.delta[s];
+              dproducts[j][e] += is_pair ? dproduct : 0.0f;
+              block[j][e] = is_pair ? score * decays.delta[s] : 0.0f;
+              if (s < t) {
+                row_sums[e / 2] = fmaf(gradient, decays.delta[s], row_sums[e / 2]);
+                column_sums[2 * j + e % 2] += gradient;
+              } else if (s == t) {
+                add_up(sums.diagonal[s], gradient, is_first);
               }
             }
           }
-          __syncwarp();
-          store_fragments(part, stage, kX, lane);
-          __syncwarp();
-          store_tile<T, 16, ChannelSplit::kWidth>(stage, kX, args.dx.at(b, begin + s0, h, p0 + c0),
-                                                  args.dx.step, args.dx.element, args.dx.vectorize,
-                                                  steps - s0, channels - c0, lane, kWarp);
-        }
-        __syncthreads();
-
-        if (in.D.data != nullptr && thread >= kWarp && thread - kWarp < channels) {
-          const int p = thread - kWarp;
-          float sum = 0.0f;
+          store_fragments(block, scores + score_row * kM + score_column, kM, lane);
 #pragma unroll
-          for (int i = 0; i < STEPS / 16; ++i) {
-            sum += channel_sums[i * P + p];
+          for (int i = 0; i < 4; ++i) {
+            const float sum = sum_of_column(column_sums[i]);
+            if (lane < 4) {
+              add_up(sums.column[score_row / 16][score_column + i / 2 * 8 + 2 * lane + i % 2], sum,
+                     is_first);
+            }
           }
-          float* const to =
-              args.dD +
-              ((static_cast<std::int64_t>(b) * args.all_windows + begin / STEPS) * in.heads + h) *
-                  in.headdim +
-              p0 + p;
-          *to = piece > 0 ? *to + sum : sum;
         }
-        if (p0 + P >= in.headdim && warp == 0) {
-          finish_steps<T, STEPS, N>(args, sums, decays, b, h, begin, steps, piece > 0);
+        const int row = StateSplit::row(warp), column = StateSplit::column(warp);
+        const int upper = row + fragment_row(lane), lower = upper + 8;
+        if (column < depth_of(in.states) && StateSplit::active(warp)) {
+          float part[kJN][4];
+          clear(part);
+          multiply<kJN, Order::along_k, Order::across_k>(part, g + row * kX, kX, S + column, kB, P);
+          scale_rows(part, decays.from_start(upper), decays.from_start(lower));
+#pragma unroll
+          for (int j = 0; j < kJN; ++j) {
+            const int n = column + 8 * j + fragment_column(lane);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              float c[2];
+              load_vector<2>(C + (i == 0 ? upper : lower) * kB + n, c);
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                row_sums[i] = fmaf(part[j][2 * i + e], c[e], row_sums[i]);
+                dC[j][2 * i + e] += part[j][2 * i + e];
+              }
+            }
+          }
+          store_row_sums(sums.row[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+          row_sums[0] = row_sums[1] = 0.0f;
+          clear(part);
+          multiply<kJN, Order::along_k, Order::across_k>(part, x + row * kX, kX, Q + column, kB, P);
+          scale_rows(part, decays.to_end(upper), decays.to_end(lower));
+#pragma unroll
+          for (int j = 0; j < kJN; ++j) {
+            const int n = column + 8 * j + fragment_column(lane);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int s = i == 0 ? upper : lower;
+              float of_b[2];
+              load_vector<2>(B + s * kB + n, of_b);
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                row_sums[i] = fmaf(part[j][2 * i + e], of_b[e], row_sums[i]);
+                dB[j][2 * i + e] = fmaf(part[j][2 * i + e], decays.delta[s], dB[j][2 * i + e]);
+              }
+            }
+          }
+          store_row_sums(sums.direct[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+        } else {
+          store_row_sums(sums.row[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+          row_sums[0] = row_sums[1] = 0.0f;
+          store_row_sums(sums.direct[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+        }
+        float whole = 0.0f;
+        constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+        for (int v = thread; v < P * N / kVector; v += kThreads) {
+          const int at = v / (N / kVector) * kB + v % (N / kVector) * kVector;
+          float state[kVector], adjoint[kVector];
+          load_vector<kVector>(S + at, state);
+          load_vector<kVector>(Q + at, adjoint);
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) {
+            whole = fmaf(state[i], adjoint[i], whole);
+          }
+        }
+        whole = mamba_native::cuda::warp_sum(whole);
+        if (lane == 0) {
+          add_up(sums.whole[warp], whole, is_first);
         }
         __syncthreads();
+      }
+      // dz, dx and dD
+      const int thread = recomputed(static_cast<int>(threadIdx.x));
+      const int warp = thread / kWarp, lane = thread % kWarp;
+      const int s0 = ChannelSplit::row(warp), c0 = ChannelSplit::column(warp);
+      const bool has_channels = ChannelSplit::active(warp);
+      const int s_upper = s0 + fragment_row(lane), s_lower = s_upper + 8;
+      float part[kJP][4];
+      if (in.z.data != nullptr) {
+        if (has_channels) {
+          clear(part);
+          multiply<kJP, Order::along_k, Order::along_k>(part, C + s0 * kB, kB, S + c0 * kB, kB,
+                                                        depth_of(in.states));
+          scale_rows(part, decays.from_start(s_upper), decays.from_start(s_lower));
+          multiply<kJP, Order::along_k, Order::across_k>(part, scores + s0 * kM, kM, x + c0, kX,
+                                                         s0 + 16);
+          store_gate_gradients(part, x + s0 * kX + c0, kX, args, b, begin + s0, h, p0 + c0,
+                               steps - s0, channels - c0, lane);
+        }
+        __syncthreads();  // dx is staged in x's tile
+      }
+      if (has_channels) {
+        clear(part);
+        multiply<kJP, Order::along_k, Order::along_k>(part, B + s0 * kB, kB, Q + c0 * kB, kB,
+                                                      depth_of(in.states));
+        scale_rows(part, decays.delta[s_upper] * decays.to_end(s_upper),
+                   decays.delta[s_lower] * decays.to_end(s_lower));
+        multiply<kJP, Order::across_k, Order::across_k>(part, scores + s0 * kM + s0, kM,
+                                                        g + s0 * kX + c0, kX, STEPS - s0);
+        T* const stage = x + s0 * kX + c0;
+        if (in.D.data != nullptr) {
+          float skip[kJP][2] = {};
+#pragma unroll
+          for (int j = 0; j < kJP; ++j) {
+            const int p = c0 + 8 * j + fragment_column(lane);
+            const float D[2] = {in.D.at(h, min(p0 + p, in.headdim - 1)),
+                                in.D.at(h, min(p0 + p + 1, in.headdim - 1))};
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+              const int at = (e == 0 ? s_upper : s_lower) * kX + p;
+              float of_g[2], of_x[2];
+              load_vector<2>(g + at, of_g);
+              load_vector<2>(x + at, of_x);
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                part[j][e + i] = fmaf(D[i], of_g[i], part[j][e + i]);
+                skip[j][i] = fmaf(of_g[i], of_x[i], skip[j][i]);
+              }
+            }
+          }
+          store_skip_sums<STEPS, P>(skip, args, b, begin, h, s0, p0, c0, piece == 0, lane);
+        }
+        __syncwarp();
+        store_fragments(part, stage, kX, lane);
+        __syncwarp();
+        store_tile<T, 16, ChannelSplit::kWidth>(stage, kX, args.dx.at(b, begin + s0, h, p0 + c0),
+                                                args.dx.step, args.dx.element, args.dx.vectorize,
+                                                steps - s0, channels - c0, lane, kWarp);
+      }
+      if (warp == kFinishWarp && p0 + P >= in.headdim) {
+        finish_steps<T, STEPS, N>(args, sums, decays, b, h, begin, steps, piece > 0);
       }
     }
 
     const int thread = recomputed(static_cast<int>(threadIdx.x));
     const int warp = thread / kWarp, lane = thread % kWarp;
+    __syncthreads();
     if (ScoreSplit::column(warp) <= ScoreSplit::row(warp)) {
       store_fragments(dproducts, scores + ScoreSplit::row(warp) * kM + ScoreSplit::column(warp), kM,
                       lane);
@@ -720,13 +773,17 @@ using BackwardKernel = void (*)(BackwardArgs<T>);
 
 template <class T, std::size_t I>
 constexpr BackwardKernel<T> states_kernel() {
-  constexpr Config kConfig = backward_config(static_cast<int>(I), sizeof(T));
+  constexpr Config kConfig = config_of(static_cast<int>(I), sizeof(T));
   return &chunk_states<T, kConfig.steps, kConfig.headdim, kConfig.states, 2>;
 }
 
 template <class T, std::size_t I>
 constexpr BackwardKernel<T> gradients_kernel() {
-  constexpr Config kConfig = backward_config(static_cast<int>(I), sizeof(T));
+  constexpr Config kConfig = config_of(static_cast<int>(I), sizeof(T));
+  static_assert(sizeof(GroupTiles<T, kConfig.steps, kConfig.states>) +
+                        sizeof(HeadTiles<T, kConfig.steps, kConfig.headdim, kConfig.states>) ==
+                    gradients_shared_memory(kConfig, sizeof(T), 1),
+                "the plan counts what the kernel has");
   return &chunk_gradients<T, kConfig.steps, kConfig.headdim, kConfig.states>;
 }
 
@@ -742,20 +799,11 @@ BackwardKernel<T> find_gradients_kernel(int index, std::index_sequence<I...>) {
   return kKernels[index];
 }
 
-template <class T>
-void launch(BackwardKernel<T> kernel, std::int64_t blocks, int warps, std::int64_t shared_memory,
-            const BackwardArgs<T>& args, void* stream) {
-  mamba_native::cuda::allow_shared_memory(kernel, static_cast<int>(shared_memory));
-  kernel<<<static_cast<unsigned>(count(blocks)), warps * kWarp,
-           static_cast<std::size_t>(shared_memory), static_cast<cudaStream_t>(stream)>>>(args);
-  MAMBA_CUDA_CHECK_LAUNCH();
-}
-
 template <class Host>
 void backward(const BackwardParams& params) {
   using T = mamba_native::cuda::DeviceType<Host>;
   const BackwardPlan plan = plan_backward(params);
-  const Config& config = backward_config(plan.config, sizeof(T));
+  const Config& config = config_of(plan.config, sizeof(T));
   const TensorView& x = params.in.x;
   const std::int64_t batch = x.size[0], length = x.size[1], heads = x.size[2];
   const std::int64_t groups = params.in.B.size[2], states_count = params.in.B.size[3];
@@ -774,6 +822,7 @@ void backward(const BackwardParams& params) {
   args.share = 0;
   args.sums_begin = 0;
   args.shares = plan.shares;
+  args.stages = plan.stages;
   args.all_windows = count(ceil_div(length, config.steps));
   args.row = count(plan.row);
   args.plane = count(x.size[3] * plan.row);
@@ -781,6 +830,7 @@ void backward(const BackwardParams& params) {
   args.dA = workspace + plan.dA;
   args.ddt_bias = workspace + plan.ddt_bias;
   args.dD = workspace + plan.dD;
+  args.d_per_channel = params.in.D.dim == 2;
   args.carry = workspace + plan.carry;
   args.entering = reinterpret_cast<T*>(workspace + plan.entering);
   args.leaving = reinterpret_cast<T*>(workspace + plan.leaving);
@@ -804,12 +854,12 @@ void backward(const BackwardParams& params) {
       args.dC.data = parts[1];
     }
     const std::int64_t blocks = ceil_div(args.end - args.begin, kCheckpointInterval);
-    launch(find_states_kernel<T>(plan.config, std::make_index_sequence<kBackwardConfigCount>()),
+    launch(find_states_kernel<T>(plan.config, std::make_index_sequence<kConfigCount>()),
            batch * channel_blocks * heads * (1 + blocks), kStatesWarps,
            states_shared_memory(config, sizeof(T)), args, params.stream);
-    launch(find_gradients_kernel<T>(plan.config, std::make_index_sequence<kBackwardConfigCount>()),
+    launch(find_gradients_kernel<T>(plan.config, std::make_index_sequence<kConfigCount>()),
            windows * batch * groups * plan.shares, kChunkWarps,
-           gradients_shared_memory(config, sizeof(T)), args, params.stream);
+           gradients_shared_memory(config, sizeof(T), plan.stages), args, params.stream);
     if (plan.shares > 1) {
       sum_parts(params.dB, parts[0], plan.shares, args.begin, args.end, params.stream);
       sum_parts(params.dC, parts[1], plan.shares, args.begin, args.end, params.stream);
@@ -818,7 +868,8 @@ void backward(const BackwardParams& params) {
   const std::int64_t rows = batch * args.all_windows;
   sum_rows(params.dA, args.dA, rows, 1, params.stream);
   sum_rows(params.ddt_bias, args.ddt_bias, rows, 1, params.stream);
-  sum_rows(params.dD, args.dD, rows, x.size[3], params.stream);
+  const DParts d = d_parts(config, args.d_per_channel, x.size[3]);
+  sum_rows(params.dD, args.dD, rows * d.rows, d.columns, params.stream);
 }
 
 }  // namespace mamba_native::ssd::cuda

@@ -6,7 +6,6 @@
 
 #include <utility>
 
-#include "core/cuda/launch.h"
 #include "ssd/tensors.cuh"
 
 namespace mamba_native::ssd::cuda {
@@ -16,15 +15,30 @@ struct ForwardArgs {
   DeviceInputs<T> in;
   Steps<T> out;
   States last_states;
-  float* checkpoints;  // (B, blocks, H, P, N), contiguous; may be null
+  float* checkpoints;    // (B, blocks, H, P, N), contiguous; may be null
+  std::int64_t segment;  // steps of a CTA
+  float* ends;           // (segments - 1, B, H, P, N): the last states of each segment, as if those
+                         // that go on from the one before began with zero
+  float* carries;        // (segments - 1, B, H): how much of the state goes through each; negative
+                         // where none does, because a sequence begins
+  bool first_pass;       // fills both in; else the outputs
+
+  __device__ __forceinline__ std::int64_t head_of(int segment_index, int b, int h) const {
+    return (static_cast<std::int64_t>(segment_index) * in.batch + b) * in.heads + h;
+  }
+  __device__ __forceinline__ States ends_of(int segment_index, int b) const {
+    const std::int64_t head = static_cast<std::int64_t>(in.headdim) * in.states;
+    return {ends + head_of(segment_index, b, 0) * head, 0, head, in.states, 1};
+  }
 };
 
 inline constexpr int kForwardWarps = 8;
 
-//   grid    (b, block of P channels, head), one dimension; heads of a group are neighbours, and
-//           find B and C in L2
-//   CTA     walks through the steps, a chunk of STEPS at a time, cut where a sequence ends and at
-//           checkpoints; the state (P, N) stays in registers
+//   grid    (segment, b, block of P channels, head), one dimension; heads of a group are
+//           neighbours, and find B and C in L2
+//   CTA     walks through the segment's steps, a chunk of STEPS at a time, cut where a sequence
+//   ends
+//           and at checkpoints; the state (P, N) stays in registers
 //   shared  the chunk's x, B, C; the state in T; the scores; x scaled for the new state
 // Between barriers: bring the chunk in; scores and what the old state gives; what the scores give,
 // the outputs and the new state. Other CTAs of the multiprocessor fill the waits.
@@ -50,11 +64,16 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
   const DeviceInputs<T>& in = args.in;
   const int channel_blocks = (in.headdim + P - 1) / P;
   const int block = static_cast<int>(blockIdx.x) / in.heads;
-  const int b = block / channel_blocks;
+  const int b = block / channel_blocks % in.batch;
+  const int segment = block / channel_blocks / in.batch;
+  const std::int64_t first = segment * args.segment;
+  const std::int64_t last = min(first + args.segment, in.length);
   float state[StateSplit::kJ][4];
+  float carry = 1.0f;  // how much of the state before the segment is left
+  bool is_cut = false;
 
-  std::int64_t end = 0;
-  for (std::int64_t begin = 0; begin < in.length; begin = end) {
+  std::int64_t end = first;
+  for (std::int64_t begin = first; begin < last; begin = end) {
     const int thread = recomputed(static_cast<int>(threadIdx.x));
     const int warp = thread / kWarp, lane = thread % kWarp;
     const int h = recomputed(static_cast<int>(blockIdx.x) % in.heads);
@@ -62,16 +81,27 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
     const int group = h / in.heads_per_group;
     const int channels = min(P, in.headdim - p0);
     const int state_p = StateSplit::row(warp), state_n = StateSplit::column(warp);
-    const bool has_state = StateSplit::active(warp);
+    const bool has_state = StateSplit::active(warp) && state_n < in.states;
     const int row = OutSplit::row(warp), column = OutSplit::column(warp);
-    const bool has_out = OutSplit::active(warp);
-    const std::int64_t limit = min((begin / STEPS + 1) * STEPS, in.length);
-    end = in.sequences.end_of(b, begin, limit);
+    const bool has_out = OutSplit::active(warp) && !args.first_pass;
+    end = in.sequences.end_of(b, begin, min((begin / STEPS + 1) * STEPS, last));
     const int steps = static_cast<int>(end - begin);
 
     if (has_state) {
       const States to = checkpoint(in, args.checkpoints, b, begin / kCheckpointInterval);
       const bool at_checkpoint = begin % kCheckpointInterval == 0;
+      if (begin == first) {
+        clear(state);
+        for (int i = 0; i < segment && !args.first_pass; ++i) {
+          const float decay = args.carries[args.head_of(i, b, h)];
+          if (decay < 0.0f) {
+            clear(state);
+          } else {
+            scale_rows(state, decay, decay);
+          }
+          add_states(state, in, args.ends_of(i, b), h, p0 + state_p, state_n, lane);
+        }
+      }
       if (at_checkpoint && begin > 0) {
         store_states(state, in, to, 0, h, p0 + state_p, state_n, lane);
       }
@@ -84,12 +114,15 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
       }
       store_fragments(state, S + state_p * kB + state_n, kB, lane);
     }
+    is_cut = is_cut || in.sequences.begins(b, begin);
     load_tile<T, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element, in.x.vectorize,
                            steps, channels, thread, kThreads);
     load_tile<T, STEPS, N>(B, kB, in.B.at(b, begin, group, 0), in.B.step, in.B.element,
                            in.B.vectorize, steps, in.states, thread, kThreads);
-    load_tile<T, STEPS, N>(C, kB, in.C.at(b, begin, group, 0), in.C.step, in.C.element,
-                           in.C.vectorize, steps, in.states, thread, kThreads);
+    if (!args.first_pass) {
+      load_tile<T, STEPS, N>(C, kB, in.C.at(b, begin, group, 0), in.C.step, in.C.element,
+                             in.C.vectorize, steps, in.states, thread, kThreads);
+    }
     if (warp == 0) {
       decays.prepare(in, b, h, begin, steps);
     }
@@ -99,29 +132,29 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
     scale_tile<T, STEPS, P>(scaled_x, x, kX, DriveFactor<T, STEPS>{decays}, thread, kThreads);
     // Scores, in blocks of 16 x 16 on and below the diagonal.
     const int score_row = ScoreSplit::row(warp);
-    for (int first = warp % ScoreSplit::kColumnBlocks * 16; first <= score_row;
-         first += ScoreSplit::kColumnBlocks * 16) {
+    for (int column = warp % ScoreSplit::kColumnBlocks * 16;
+         column <= score_row && !args.first_pass; column += ScoreSplit::kColumnBlocks * 16) {
       float block[2][4];
       clear(block);
-      multiply<2, Order::along_k, Order::along_k>(block, C + score_row * kB, kB, B + first * kB, kB,
-                                                  N);
+      multiply<2, Order::along_k, Order::along_k>(block, C + score_row * kB, kB, B + column * kB,
+                                                  kB, depth_of(in.states));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int t = score_row + fragment_row(lane) + e / 2 * 8;
-          const int s = first + 8 * j + fragment_column(lane) + e % 2;
+          const int s = column + 8 * j + fragment_column(lane) + e % 2;
           block[j][e] = s <= t ? block[j][e] * decays.between(s, t) * decays.delta[s] : 0.0f;
         }
       }
-      store_fragments(block, scores + score_row * kM + first, kM, lane);
+      store_fragments(block, scores + score_row * kM + column, kM, lane);
     }
     float y[OutSplit::kJ][4];
     const int upper = row + fragment_row(lane), lower = upper + 8;
     if (has_out) {
       clear(y);
       multiply<OutSplit::kJ, Order::along_k, Order::along_k>(y, C + row * kB, kB, S + column * kB,
-                                                             kB, N);
+                                                             kB, depth_of(in.states));
       scale_rows(y, decays.from_start(upper), decays.from_start(lower));
     }
     __syncthreads();
@@ -169,7 +202,20 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
                      state_n, lane);
       }
     }
+    carry *= decays.whole();
     __syncthreads();
+  }
+  if (args.first_pass) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int h = static_cast<int>(blockIdx.x) % in.heads;
+    const int p0 = block % channel_blocks * P;
+    if (StateSplit::active(warp)) {
+      store_states(state, in, args.ends_of(segment, b), 0, h, p0 + StateSplit::row(warp),
+                   StateSplit::column(warp), static_cast<int>(threadIdx.x) % kWarp);
+    }
+    if (threadIdx.x == 0 && p0 == 0) {
+      args.carries[args.head_of(segment, b, h)] = is_cut ? -1.0f : carry;
+    }
   }
 }
 
@@ -194,21 +240,28 @@ void forward(const ForwardParams& params) {
   ForwardArgs<T> args;
   args.in = device_inputs<T>(params.in);
   args.out = steps<T>(params.out);
+  args.checkpoints = nullptr;
+
+  const ForwardPlan plan = plan_forward(params.in);
+  const Config& config = config_of(plan.config, sizeof(T));
+  float* const workspace = params.workspace.as<float>();
+  args.segment = plan.segment;
+  args.ends = workspace + plan.states;
+  args.carries = workspace + plan.decays;
+
+  const ForwardKernel<T> kernel =
+      find_forward_kernel<T>(plan.config, std::make_index_sequence<kConfigCount>());
+  const std::int64_t shared = forward_shared_memory(config, sizeof(T));
+  const std::int64_t ctas =
+      params.in.x.size[0] * params.in.x.size[2] * ceil_div(params.in.x.size[3], config.headdim);
+  if (plan.segments > 1) {
+    args.first_pass = true;
+    launch(kernel, ctas * (plan.segments - 1), kForwardWarps, shared, args, params.stream);
+  }
+  args.first_pass = false;
   args.last_states = states(params.last_states);
   args.checkpoints = params.checkpoints.as<float>();
-
-  const int index = choose_forward(args.in.states, params.in.x.dtype,
-                                   mamba_native::cuda::device_info(params.in.x.device.index));
-  const Config& config = config_of(index, sizeof(T));
-  const ForwardKernel<T> kernel =
-      find_forward_kernel<T>(index, std::make_index_sequence<kConfigCount>());
-  const int shared = static_cast<int>(forward_shared_memory(config, sizeof(T)));
-  mamba_native::cuda::allow_shared_memory(kernel, shared);
-  const int blocks = count(params.in.x.size[0] * params.in.x.size[2] *
-                           ceil_div(params.in.x.size[3], config.headdim));
-  kernel<<<static_cast<unsigned>(blocks), kForwardWarps * kWarp, static_cast<std::size_t>(shared),
-           static_cast<cudaStream_t>(params.stream)>>>(args);
-  MAMBA_CUDA_CHECK_LAUNCH();
+  launch(kernel, ctas * plan.segments, kForwardWarps, shared, args, params.stream);
 }
 
 }  // namespace mamba_native::ssd::cuda

@@ -18,9 +18,9 @@ struct Config {
 };
 
 // 16-bit types, then float32, whose tiles take twice the room.
-inline constexpr Config kConfigs16[] = {{64, 64, 64}, {64, 64, 128}, {32, 32, 256}};
-inline constexpr Config kConfigs32[] = {{32, 32, 64}, {32, 32, 128}, {16, 16, 256}};
-inline constexpr int kConfigCount = 3;
+inline constexpr Config kConfigs16[] = {{64, 64, 128}, {32, 32, 256}};
+inline constexpr Config kConfigs32[] = {{32, 32, 128}, {16, 16, 256}};
+inline constexpr int kConfigCount = 2;
 
 constexpr const Config& config_of(int index, std::int64_t element) {
   return element == 2 ? kConfigs16[index] : kConfigs32[index];
@@ -39,30 +39,25 @@ constexpr std::int64_t forward_shared_memory(const Config& c, std::int64_t eleme
          3 * c.steps * static_cast<std::int64_t>(sizeof(float));
 }
 
-// Backward has the rows of the tables from this one on: fewer states leave warps idle instead.
-inline constexpr int kFirstBackwardConfig = 1;
-inline constexpr int kBackwardConfigCount = kConfigCount - kFirstBackwardConfig;
-
-constexpr const Config& backward_config(int index, std::int64_t element) {
-  return config_of(kFirstBackwardConfig + index, element);
-}
-
 // Shared memory of backward's CTAs in bytes. States between chunks: x or g, B or C, the state, the
-// decays. Chunks: B, C, two states, x, g, the scores, sums over the warps (HeadSums of
-// backward.cuh), the decays.
+// decays.
 constexpr std::int64_t states_shared_memory(const Config& c, std::int64_t element) {
   return tile_bytes(c.steps, c.headdim, element) + tile_bytes(c.steps, c.states, element) +
          tile_bytes(c.headdim, c.states, element) +
          3 * c.steps * static_cast<std::int64_t>(sizeof(float));
 }
-constexpr std::int64_t gradients_shared_memory(const Config& c, std::int64_t element) {
+// Gradients of chunks: B, C, the scores, sums over the warps (HeadSums of backward.cuh), and for
+// every head that is there at once, a stage, two states, x, g and the decays.
+constexpr std::int64_t gradients_shared_memory(const Config& c, std::int64_t element, int stages) {
   constexpr std::int64_t kWarps = 16;
   const std::int64_t row_blocks = c.steps / 16;
   const std::int64_t sums = (2 * (kWarps / row_blocks) + row_blocks + 1) * c.steps + kWarps;
-  const std::int64_t decays = (element == 2 ? 2 : 3) * c.steps + 1;
-  return 2 * tile_bytes(c.steps, c.states, element) + 2 * tile_bytes(c.headdim, c.states, element) +
-         2 * tile_bytes(c.steps, c.headdim, element) + tile_bytes(c.steps, c.steps, element) +
-         (sums + decays) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t decays = element == 2 ? 2 * c.steps + 4 : 3 * c.steps;
+  constexpr std::int64_t kFloat = sizeof(float);
+  return 2 * tile_bytes(c.steps, c.states, element) + tile_bytes(c.steps, c.steps, element) +
+         sums * kFloat +
+         stages * (2 * tile_bytes(c.headdim, c.states, element) +
+                   2 * tile_bytes(c.steps, c.headdim, element) + decays * kFloat);
 }
 
 // Index of the row to run. `forced` < 0 leaves the choice to the rules; otherwise it is returned if
@@ -70,22 +65,48 @@ constexpr std::int64_t gradients_shared_memory(const Config& c, std::int64_t ele
 int choose_forward(std::int64_t d_state, DType dtype, const mamba_native::cuda::DeviceInfo& device,
                    int forced = -1);
 
-// The same for backward; the index counts its rows.
+// The same for backward.
 int choose_backward(std::int64_t d_state, DType dtype, const mamba_native::cuda::DeviceInfo& device,
                     int forced = -1);
+
+// How forward cuts the work: with few heads, time falls into segments whose last states come first,
+// as if each began with zero; then every segment carries those before it on.
+struct ForwardPlan {
+  int config = 0;
+  int segments = 1;
+  std::int64_t segment = 0;  // steps of one, a multiple of kCheckpointInterval if there are several
+  std::int64_t states = 0, decays = 0;  // of every segment but the last, in floats of the workspace
+  std::int64_t size = 0;                // of the whole workspace
+};
+
+ForwardPlan plan_forward(const Inputs& in, const mamba_native::cuda::DeviceInfo& device);
+// On the device of in.x.
+ForwardPlan plan_forward(const Inputs& in);
 
 // How backward cuts the work, and where its workspace keeps what, in floats.
 struct BackwardPlan {
   int config = 0;
+  int stages = 1;            // heads that a CTA of the gradients holds at once
   int shares = 1;            // CTAs that divide a group's heads among them
   std::int64_t stretch = 0;  // steps whose states and adjoints the workspace holds at once
   std::int64_t row = 0;      // states, padded to 16 bytes in the dtype
-  std::int64_t dA = 0, ddt_bias = 0, dD = 0;  // a part for every chunk
+  std::int64_t dA = 0, ddt_bias = 0, dD = 0;  // a part for every chunk; for dD see DParts
   std::int64_t carry = 0;                     // the adjoint between two stretches
   std::int64_t entering = 0, leaving = 0;     // states before, adjoints after every chunk
   std::int64_t dB = 0, dC = 0;                // a part for every share, if there are several
   std::int64_t size = 0;                      // of the whole workspace
 };
+
+// The parts of dD: for every chunk and head a number per 16 x 16 block of (steps, channels) of a
+// tile, or one per channel for every 16 steps of a chunk.
+struct DParts {
+  std::int64_t rows;  // of heads, for every chunk
+  std::int64_t columns;
+};
+constexpr DParts d_parts(const Config& c, bool per_channel, std::int64_t headdim) {
+  return per_channel ? DParts{c.steps / 16, headdim}
+                     : DParts{1, static_cast<std::int64_t>(c.steps / 16) * (c.headdim / 16)};
+}
 
 // What is bounded by it: the states and adjoints of a stretch, which is kCheckpointInterval steps
 // at least.

@@ -133,7 +133,30 @@ void backward_on_cuda(const BackwardParams& params, const Sizes& s) {
 }
 #endif
 
+void check_workspace(const char* op, const TensorView& workspace, std::int64_t size,
+                     const Device& device) {
+  if (size == 0) {
+    return;
+  }
+  check_output(op, "workspace", workspace, device, DType::f32, {size});
+  check_contiguous(op, "workspace", workspace);
+  MAMBA_CHECK(reinterpret_cast<std::uintptr_t>(workspace.data) % 16 == 0, op,
+              ": workspace must be aligned to 16 bytes");
+}
+
 }  // namespace
+
+std::int64_t forward_workspace(const Inputs& in) {
+  const Sizes s = check_inputs("ssd_forward", in);
+#if MAMBA_WITH_CUDA
+  if (s.device.is_cuda() && has_steps(s)) {
+    return plan_forward(in).size;
+  }
+#else
+  static_cast<void>(s);
+#endif
+  return 0;
+}
 
 void forward(const ForwardParams& params) {
   constexpr char kOp[] = "ssd_forward";
@@ -146,6 +169,7 @@ void forward(const ForwardParams& params) {
                  {s.batch, ceil_div(s.length, kCheckpointInterval), s.heads, s.headdim, s.states});
     check_contiguous(kOp, "checkpoints", params.checkpoints);
   }
+  check_workspace(kOp, params.workspace, forward_workspace(params.in), s.device);
   if (s.device.is_cuda()) {
 #if MAMBA_WITH_CUDA
     forward_on_cuda(params, s);
@@ -160,13 +184,13 @@ void forward(const ForwardParams& params) {
 }
 
 std::int64_t backward_workspace(const BackwardParams& params) {
-#if MAMBA_WITH_CUDA
   const Sizes s = check_inputs("ssd_backward", params.in);
+#if MAMBA_WITH_CUDA
   if (s.device.is_cuda() && has_steps(s)) {
     return plan_backward(params).size;
   }
 #else
-  static_cast<void>(params);
+  static_cast<void>(s);
 #endif
   return 0;
 }
@@ -200,13 +224,7 @@ void backward(const BackwardParams& params) {
                         {s.heads});
   check_optional_output(kOp, "dinitial_states", params.dinitial_states, "initial_states",
                         in.initial_states, s.device, s.sum, state);
-  const std::int64_t workspace = backward_workspace(params);
-  if (workspace > 0) {
-    check_output(kOp, "workspace", params.workspace, s.device, DType::f32, {workspace});
-    check_contiguous(kOp, "workspace", params.workspace);
-    MAMBA_CHECK(reinterpret_cast<std::uintptr_t>(params.workspace.data) % 16 == 0, kOp,
-                ": workspace must be aligned to 16 bytes");
-  }
+  check_workspace(kOp, params.workspace, backward_workspace(params), s.device);
   if (s.device.is_cuda()) {
 #if MAMBA_WITH_CUDA
     backward_on_cuda(params, s);

@@ -77,6 +77,7 @@ struct ForwardParams {
                            // state before each block of kCheckpointInterval steps, in the order of
                            // the scan: what the step before the block left, whatever sequence it
                            // belongs to, and what enters at the first step. For backward
+  TensorView workspace;    // (forward_workspace(in)) float32, contiguous; scratch, on CUDA only
   void* stream = nullptr;  // cudaStream_t; unused on the CPU
 };
 
@@ -105,8 +106,9 @@ struct BackwardParams {
 void forward(const ForwardParams& params);
 void backward(const BackwardParams& params);
 
-// Elements that `workspace` has to have: 0 on the CPU. Needs shapes, dtypes and devices of what the
-// scan reads; checks them as backward does.
+// Elements that `workspace` has to have: 0 on the CPU, and for most calls of forward on CUDA too.
+// They need shapes, dtypes and devices of what the scan reads, and check them as the calls do.
+std::int64_t forward_workspace(const Inputs& in);
 std::int64_t backward_workspace(const BackwardParams& params);
 
 }  // namespace mamba_native::ssd

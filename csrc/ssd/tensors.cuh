@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/cuda/alignment.h"
+#include "core/cuda/launch.h"
 #include "core/cuda/math.cuh"
 #include "core/cuda/matrix.cuh"
 #include "core/cuda/memory.cuh"
@@ -253,6 +254,15 @@ DeviceInputs<T> device_inputs(const Inputs& in) {
   return to;
 }
 
+template <class Args>
+void launch(void (*kernel)(Args), std::int64_t ctas, int warps, std::int64_t shared_memory,
+            const Args& args, void* stream) {
+  mamba_native::cuda::allow_shared_memory(kernel, static_cast<int>(shared_memory));
+  kernel<<<static_cast<unsigned>(count(ctas)), warps * kWarp,
+           static_cast<std::size_t>(shared_memory), static_cast<cudaStream_t>(stream)>>>(args);
+  MAMBA_CUDA_CHECK_LAUNCH();
+}
+
 // ---- tiles of shared memory ----
 
 // Elements between rows of a tile: 16 bytes more than they have, so that the 16 bytes at one column
@@ -398,6 +408,20 @@ __device__ __forceinline__ void load_states(float (&acc)[J][4], const DeviceInpu
 }
 
 template <int J, class T>
+__device__ __forceinline__ void add_states(float (&acc)[J][4], const DeviceInputs<T>& in,
+                                           const States& from, int h, int p, int n, int lane) {
+  float more[J][4];
+  load_states(more, in, from, 0, h, p, n, lane);
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      acc[j][e] += more[j][e];
+    }
+  }
+}
+
+template <int J, class T>
 __device__ __forceinline__ void store_states(const float (&acc)[J][4], const DeviceInputs<T>& in,
                                              const States& to, int row, int h, int p, int n,
                                              int lane) {
@@ -417,6 +441,9 @@ __device__ __forceinline__ void store_states(const float (&acc)[J][4], const Dev
     }
   }
 }
+
+// Of a product over the states.
+__device__ __forceinline__ int depth_of(int states) { return (states + 15) / 16 * 16; }
 
 // ---- decays of a chunk ----
 

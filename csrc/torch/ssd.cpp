@@ -61,6 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> ssd_forward(const Tensor& x, const Tensor& dt
   params.out = view(kOp, "out", out);
   params.last_states = view(kOp, "last_states", last_states);
   params.checkpoints = checkpoints ? view(kOp, "checkpoints", stored) : TensorView();
+  Tensor workspace = empty(x, {ssd::forward_workspace(params.in)}, Scalar::Float);
+  params.workspace = view(kOp, "workspace", workspace);
   params.stream = scope.stream();
   ssd::forward(params);
   return {out, last_states, stored};

@@ -468,6 +468,8 @@ Forward run_forward(const Data& p, Device device, const RunForward& run, bool ch
   params.out = result.out.view();
   params.last_states = result.last_states.view();
   params.checkpoints = result.checkpoints.view();
+  const Tensor workspace(DType::f32, device, {{forward_workspace(params.in)}});
+  params.workspace = workspace.view();
   run(params);
   return result;
 }
