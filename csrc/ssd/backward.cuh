@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "ssd/sums.h"
@@ -246,53 +247,61 @@ __device__ __forceinline__ void load_state_tile(T* to, int stride, const Backwar
 }
 
 // Sum over the four lanes that share a row of a product, and over the eight that share a column.
-__device__ __forceinline__ float sum_of_row(float value) {
+template <class Sum>
+__device__ __forceinline__ Sum sum_of_row(Sum value) {
   value += __shfl_xor_sync(kAllLanes, value, 1);
   return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
-__device__ __forceinline__ float sum_of_column(float value) {
+template <class Sum>
+__device__ __forceinline__ Sum sum_of_column(Sum value) {
   value += __shfl_xor_sync(kAllLanes, value, 4);
   value += __shfl_xor_sync(kAllLanes, value, 8);
   return value + __shfl_xor_sync(kAllLanes, value, 16);
 }
 
 // sum = value, or += where there is a sum already.
-__device__ __forceinline__ void add_up(float& sum, float value, bool is_first) {
+template <class Sum>
+__device__ __forceinline__ void add_up(Sum& sum, Sum value, bool is_first) {
   sum = is_first ? value : sum + value;
 }
 
 // A lane's share of the sums of rows `upper` and `upper` + 8 of a product.
-__device__ __forceinline__ void store_row_sums(float* sums, const float (&shares)[2], int upper,
+template <class Sum>
+__device__ __forceinline__ void store_row_sums(Sum* sums, const Sum (&shares)[2], int upper,
                                                bool is_first) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float sum = sum_of_row(shares[i]);
+    const Sum sum = sum_of_row(shares[i]);
     if (threadIdx.x % 4 == 0) {
       add_up(sums[upper + 8 * i], sum, is_first);
     }
   }
 }
 
-inline constexpr int kChunkWarps = 16;
+// Decays' gradients are differences of sums over pairs of steps, most of which cancels: float32
+// needs more digits for them.
+template <class T>
+using PairSum = std::conditional_t<sizeof(T) == sizeof(float), double, float>;
 
 // What the warps of a CTA add up for one head; sums over channels and states.
-template <int STEPS, int N>
+template <class T, int STEPS, int N, int WARPS>
 struct HeadSums {
-  static constexpr int kColumnBlocks = Split<STEPS, N, kChunkWarps>::kColumnBlocks;
-  float row[kColumnBlocks][STEPS];     // of t: gradient of the decays that end with it
-  float direct[kColumnBlocks][STEPS];  // of s: decay(s, end) (q' B[s]).x[s]
-  float column[STEPS / 16][STEPS];     // of s: gradient of the decays that begin after it, / delta
-  float diagonal[STEPS];               // (C[s].B[s]) (g[s].x[s])
-  float whole[kChunkWarps];            // S.q'
+  static constexpr int kColumnBlocks = Split<STEPS, N, WARPS>::kColumnBlocks;
+  PairSum<T> row[kColumnBlocks][STEPS];  // of t: gradient of the decays that end with it
+  float direct[kColumnBlocks][STEPS];    // of s: decay(s, end) (q' B[s]).x[s]
+  PairSum<T> column[STEPS / 16]
+                   [STEPS];  // of s: gradient of the decays that begin after it, / delta
+  float diagonal[STEPS];     // (C[s].B[s]) (g[s].x[s])
+  float whole[WARPS];        // S.q'
 };
 
 // The steps' gradient once a head's sums are complete, by one warp. With a = delta A, and T, U, V
 // for the sums over pairs of steps, from the state and to the adjoint, the gradient of a[u] is that
 // of all decays over u:
 //   sum_{s < u <= t} T[t, s] + sum_{t >= u} V[t] + sum_{s < u} U[s] + decay(-1, end) S.q'
-template <class T, int STEPS, int N>
+template <class T, int STEPS, int N, int WARPS>
 __device__ __forceinline__ void finish_steps(const BackwardArgs<T>& args,
-                                             const HeadSums<STEPS, N>& sums,
+                                             const HeadSums<T, STEPS, N, WARPS>& sums,
                                              const Decays<T, STEPS>& decays, int b, int h,
                                              std::int64_t begin, int steps, bool add) {
   constexpr int kItems = STEPS > kWarp ? STEPS / kWarp : 1;
@@ -307,7 +316,7 @@ __device__ __forceinline__ void finish_steps(const BackwardArgs<T>& args,
     double row = 0.0, column = 0.0, direct = 0.0, delta = 0.0;
     float diagonal = 0.0f;
     if (u < STEPS) {
-      for (int j = 0; j < HeadSums<STEPS, N>::kColumnBlocks; ++j) {
+      for (int j = 0; j < HeadSums<T, STEPS, N, WARPS>::kColumnBlocks; ++j) {
         row += sums.row[j][u];
         direct += sums.direct[j][u];
       }
@@ -333,32 +342,33 @@ __device__ __forceinline__ void finish_steps(const BackwardArgs<T>& args,
     later += lane + offset < kWarp ? down : 0.0;
   }
   earlier -= before_sum;
-  float whole = lane < kChunkWarps ? sums.whole[lane] : 0.0f;
+  float whole = lane < WARPS ? sums.whole[lane] : 0.0f;
   whole = mamba_native::cuda::warp_sum(whole) * decays.whole();
   const float A = in.A.at(h, 0);
-  float dA = 0.0f, dbias = 0.0f;
+  double dA = 0.0;
+  float dbias = 0.0f;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int u = lane * kItems + i;
     if (u < steps) {
       float slope;
       const float delta = in.discretise(b, begin + u, h, &slope);
-      const float exponent = static_cast<float>(later + earlier + static_cast<double>(whole));
-      const float ddt = slope * fmaf(A, exponent, ddelta[i]);
+      const double exponent = later + earlier + static_cast<double>(whole);
+      const float ddt = slope * fmaf(A, static_cast<float>(exponent), ddelta[i]);
       mamba_native::cuda::store_weight(args.ddt.data, args.ddt.dtype,
                                        args.ddt.offset(b, begin + u, h), ddt);
-      dA = fmaf(delta, exponent, dA);
+      dA += static_cast<double>(delta) * exponent;
       dbias += ddt;
     }
     later -= after[i];
     earlier += before[i];
   }
-  dA = mamba_native::cuda::warp_sum(dA);
+  const float dA_sum = mamba_native::cuda::warp_sum(static_cast<float>(dA));
   dbias = mamba_native::cuda::warp_sum(dbias);
   if (lane == 0) {
     const std::int64_t at =
         (static_cast<std::int64_t>(b) * args.all_windows + begin / STEPS) * in.heads + h;
-    args.dA[at] = add ? args.dA[at] + dA : dA;
+    args.dA[at] = add ? args.dA[at] + dA_sum : dA_sum;
     args.ddt_bias[at] = add ? args.ddt_bias[at] + dbias : dbias;
   }
 }
@@ -424,12 +434,12 @@ __device__ __forceinline__ void store_skip_sums(const float (&skip)[2][2],
 }
 
 // What a CTA of the gradients has in shared memory for all heads, and for each.
-template <class T, int STEPS, int N>
+template <class T, int STEPS, int N, int WARPS>
 struct GroupTiles {
   alignas(16) T B[STEPS * kRowStride<T, N>];
   T C[STEPS * kRowStride<T, N>];
   T scores[STEPS * kRowStride<T, STEPS>];
-  HeadSums<STEPS, N> sums;
+  HeadSums<T, STEPS, N, WARPS> sums;
 };
 template <class T, int STEPS, int P, int N>
 struct HeadTiles {
@@ -440,15 +450,15 @@ struct HeadTiles {
   Decays<T, STEPS> decays;
 };
 
-// Two warps that have no block of the scores do what one warp does for all.
-inline constexpr int kDecayWarp = 3, kFinishWarp = kChunkWarps - 1;
+// This warp has no block of the scores, so it prepares the decays.
+inline constexpr int kDecayWarp = 3;
 
 // Starts to bring a piece's tiles of one head in: channels from p0 on.
-template <class T, int STEPS, int P, int N>
+template <int WARPS, class T, int STEPS, int P, int N>
 __device__ __forceinline__ void load_head(HeadTiles<T, STEPS, P, N>& to,
                                           const BackwardArgs<T>& args, int window, int b, int h,
                                           int p0, std::int64_t begin, int steps) {
-  constexpr int kThreads = kChunkWarps * kWarp;
+  constexpr int kThreads = WARPS * kWarp;
   constexpr int kX = kRowStride<T, P>, kB = kRowStride<T, N>;
   const DeviceInputs<T>& in = args.in;
   const int thread = recomputed(static_cast<int>(threadIdx.x));
@@ -474,15 +484,14 @@ __device__ __forceinline__ void load_head(HeadTiles<T, STEPS, P, N>& to,
 //           P channels at a time; C B^T, E, dB and dC stay in registers
 //   shared  the piece's B, C, scores and sums over warps; of the head S, q', x and g, and with two
 //           stages those of the next, which arrive meanwhile
-template <class T, int STEPS, int P, int N>
-__global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
-    chunk_gradients(const BackwardArgs<T> args) {
-  constexpr int kThreads = kChunkWarps * kWarp;
-  using ChannelSplit = Split<STEPS, P, kChunkWarps>;
-  using StateSplit = Split<STEPS, N, kChunkWarps>;
-  using ScoreSplit = Split<STEPS, STEPS, kChunkWarps>;
-  using Sums = HeadSums<STEPS, N>;
-  using Group = GroupTiles<T, STEPS, N>;
+template <class T, int STEPS, int P, int N, int WARPS>
+__global__ void __launch_bounds__(WARPS* kWarp, 1) chunk_gradients(const BackwardArgs<T> args) {
+  constexpr int kThreads = WARPS * kWarp;
+  using ChannelSplit = Split<STEPS, P, WARPS>;
+  using StateSplit = Split<STEPS, N, WARPS>;
+  using ScoreSplit = Split<STEPS, STEPS, WARPS>;
+  using Sums = HeadSums<T, STEPS, N, WARPS>;
+  using Group = GroupTiles<T, STEPS, N, WARPS>;
   using Head = HeadTiles<T, STEPS, P, N>;
   constexpr int kX = kRowStride<T, P>, kB = kRowStride<T, N>, kM = kRowStride<T, STEPS>;
   constexpr int kJN = StateSplit::kJ, kJP = ChannelSplit::kJ;
@@ -506,8 +515,6 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
   const int window = row_block / in.batch;
   const int first_head = group * in.heads_per_group + share * in.heads_per_group / args.shares;
   const int last_head = group * in.heads_per_group + (share + 1) * in.heads_per_group / args.shares;
-  const int channel_blocks = (in.headdim + P - 1) / P;
-  const int items = (last_head - first_head) * channel_blocks;
 
   const std::int64_t first = args.begin + static_cast<std::int64_t>(window) * STEPS;
   const int all_steps = static_cast<int>(min(static_cast<std::int64_t>(STEPS), args.end - first));
@@ -535,44 +542,55 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
       }
     }
 
-    // Item `next` is brought in; the one before it, or the same where a stage is all there is, is
-    // computed.
-    for (int next = 0; next < items + args.stages - 1; ++next) {
-      const int item = next + 1 - args.stages;
+    // While a head's channels are computed, those of the next come in, if there are two stages.
+    int next_head = first_head, next_channel = 0, stage = 0;
+    bool is_ahead = !two_stages;
+    for (int head = first_head, channel = 0; head < last_head;) {
       const std::int64_t begin =
           args.begin + static_cast<std::int64_t>(recomputed(window)) * STEPS + piece;
       const int b = recomputed(entry);
       if (two_stages) {
         mamba_native::cuda::wait_for_copies();
       }
-      __syncthreads();  // `item` is there, and nobody reads what `next` overwrites
-      if (next < items) {
-        load_head(heads[next % args.stages], args, window, b, first_head + next / channel_blocks,
-                  next % channel_blocks * P, begin, steps);
+      __syncthreads();  // the head is there, and nobody reads what the next one overwrites
+      if (next_head < last_head) {
+        load_head<WARPS>(heads[stage], args, window, b, next_head, next_channel, begin, steps);
+        next_channel += P;
+        if (next_channel >= in.headdim) {
+          next_channel = 0;
+          ++next_head;
+        }
       }
-      if (item < 0) {
+      stage = two_stages ? 1 - stage : 0;
+      if (!is_ahead) {
+        is_ahead = true;
         continue;
       }
       if (!two_stages) {
         mamba_native::cuda::wait_for_copies();
         __syncthreads();
       }
-      Head& tile = heads[item % args.stages];
+      const int h = head, p0 = channel;
+      channel += P;
+      if (channel >= in.headdim) {
+        channel = 0;
+        ++head;
+      }
+      Head& tile = heads[stage];
       const T* const S = tile.S;
       const T* const Q = tile.Q;
       T* const x = tile.x;
       const T* const g = tile.g;
       const Decays<T, STEPS>& decays = tile.decays;
-      const int h = first_head + item / channel_blocks, p0 = item % channel_blocks * P;
       const int channels = min(P, in.headdim - p0);
       const bool is_first = p0 == 0;  // of the head: sums begin
       {                               // scores, sums, dB and dC
         const int thread = recomputed(static_cast<int>(threadIdx.x));
         const int warp = thread / kWarp, lane = thread % kWarp;
-        float row_sums[2] = {0.0f, 0.0f};
+        PairSum<T> row_sums[2] = {};
         const int score_row = ScoreSplit::row(warp), score_column = ScoreSplit::column(warp);
         if (score_column <= score_row) {
-          float column_sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          PairSum<T> column_sums[4] = {};
           float block[2][4];
           clear(block);
           multiply<2, Order::along_k, Order::along_k>(block, g + score_row * kX, kX,
@@ -591,8 +609,8 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
               dproducts[j][e] += is_pair ? dproduct : 0.0f;
               block[j][e] = is_pair ? score * decays.delta[s] : 0.0f;
               if (s < t) {
-                row_sums[e / 2] = fmaf(gradient, decays.delta[s], row_sums[e / 2]);
-                column_sums[2 * j + e % 2] += gradient;
+                row_sums[e / 2] += PairSum<T>{gradient} * PairSum<T>{decays.delta[s]};
+                column_sums[2 * j + e % 2] += PairSum<T>{gradient};
               } else if (s == t) {
                 add_up(sums.diagonal[s], gradient, is_first);
               }
@@ -601,7 +619,7 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
           store_fragments(block, scores + score_row * kM + score_column, kM, lane);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float sum = sum_of_column(column_sums[i]);
+            const PairSum<T> sum = sum_of_column(column_sums[i]);
             if (lane < 4) {
               add_up(sums.column[score_row / 16][score_column + i / 2 * 8 + 2 * lane + i % 2], sum,
                      is_first);
@@ -624,13 +642,13 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
               load_vector<2>(C + (i == 0 ? upper : lower) * kB + n, c);
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                row_sums[i] = fmaf(part[j][2 * i + e], c[e], row_sums[i]);
+                row_sums[i] += PairSum<T>{part[j][2 * i + e] * c[e]};
                 dC[j][2 * i + e] += part[j][2 * i + e];
               }
             }
           }
           store_row_sums(sums.row[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
-          row_sums[0] = row_sums[1] = 0.0f;
+          float direct[2] = {0.0f, 0.0f};
           clear(part);
           multiply<kJN, Order::along_k, Order::across_k>(part, x + row * kX, kX, Q + column, kB, P);
           scale_rows(part, decays.to_end(upper), decays.to_end(lower));
@@ -644,19 +662,20 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
               load_vector<2>(B + s * kB + n, of_b);
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                row_sums[i] = fmaf(part[j][2 * i + e], of_b[e], row_sums[i]);
+                direct[i] = fmaf(part[j][2 * i + e], of_b[e], direct[i]);
                 dB[j][2 * i + e] = fmaf(part[j][2 * i + e], decays.delta[s], dB[j][2 * i + e]);
               }
             }
           }
-          store_row_sums(sums.direct[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+          store_row_sums(sums.direct[warp % Sums::kColumnBlocks], direct, upper, is_first);
         } else {
           store_row_sums(sums.row[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
-          row_sums[0] = row_sums[1] = 0.0f;
-          store_row_sums(sums.direct[warp % Sums::kColumnBlocks], row_sums, upper, is_first);
+          const float direct[2] = {0.0f, 0.0f};
+          store_row_sums(sums.direct[warp % Sums::kColumnBlocks], direct, upper, is_first);
         }
         float whole = 0.0f;
         constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+#pragma unroll 1
         for (int v = thread; v < P * N / kVector; v += kThreads) {
           const int at = v / (N / kVector) * kB + v % (N / kVector) * kVector;
           float state[kVector], adjoint[kVector];
@@ -731,8 +750,8 @@ __global__ void __launch_bounds__(kChunkWarps* kWarp, 1)
                                                 args.dx.step, args.dx.element, args.dx.vectorize,
                                                 steps - s0, channels - c0, lane, kWarp);
       }
-      if (warp == kFinishWarp && p0 + P >= in.headdim) {
-        finish_steps<T, STEPS, N>(args, sums, decays, b, h, begin, steps, piece > 0);
+      if (warp == WARPS - 1 && p0 + P >= in.headdim) {
+        finish_steps(args, sums, decays, b, h, begin, steps, piece > 0);
       }
     }
 
@@ -780,11 +799,11 @@ constexpr BackwardKernel<T> states_kernel() {
 template <class T, std::size_t I>
 constexpr BackwardKernel<T> gradients_kernel() {
   constexpr Config kConfig = config_of(static_cast<int>(I), sizeof(T));
-  static_assert(sizeof(GroupTiles<T, kConfig.steps, kConfig.states>) +
+  static_assert(sizeof(GroupTiles<T, kConfig.steps, kConfig.states, kConfig.warps>) +
                         sizeof(HeadTiles<T, kConfig.steps, kConfig.headdim, kConfig.states>) ==
                     gradients_shared_memory(kConfig, sizeof(T), 1),
                 "the plan counts what the kernel has");
-  return &chunk_gradients<T, kConfig.steps, kConfig.headdim, kConfig.states>;
+  return &chunk_gradients<T, kConfig.steps, kConfig.headdim, kConfig.states, kConfig.warps>;
 }
 
 template <class T, std::size_t... I>
@@ -858,7 +877,7 @@ void backward(const BackwardParams& params) {
            batch * channel_blocks * heads * (1 + blocks), kStatesWarps,
            states_shared_memory(config, sizeof(T)), args, params.stream);
     launch(find_gradients_kernel<T>(plan.config, std::make_index_sequence<kConfigCount>()),
-           windows * batch * groups * plan.shares, kChunkWarps,
+           windows * batch * groups * plan.shares, config.warps,
            gradients_shared_memory(config, sizeof(T), plan.stages), args, params.stream);
     if (plan.shares > 1) {
       sum_parts(params.dB, parts[0], plan.shares, args.begin, args.end, params.stream);

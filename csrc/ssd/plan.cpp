@@ -57,7 +57,7 @@ std::int64_t take(std::int64_t& size, std::int64_t floats) {
 // How many CTAs divide a group's heads, for `ctas` without division: what ends first, when
 // `multiprocessors` have one at a time and each begins and ends with about two heads' work.
 int choose_shares(std::int64_t ctas, std::int64_t heads, std::int64_t multiprocessors) {
-  constexpr std::int64_t kMost = 16;  // dB and dC have a part for each
+  constexpr std::int64_t kMost = 32;  // dB and dC have a part for each
   std::int64_t best = 1, best_time = INT64_MAX;
   for (std::int64_t shares = 1; shares <= std::min(heads, kMost); ++shares) {
     const std::int64_t time =

@@ -15,11 +15,12 @@ struct Config {
   int steps;    // of a chunk
   int headdim;  // channels of a head at once
   int states;   // d_state up to this
+  int warps;    // of a CTA of backward's gradients, for whose sums they need registers
 };
 
 // 16-bit types, then float32, whose tiles take twice the room.
-inline constexpr Config kConfigs16[] = {{64, 64, 128}, {32, 32, 256}};
-inline constexpr Config kConfigs32[] = {{32, 32, 128}, {16, 16, 256}};
+inline constexpr Config kConfigs16[] = {{64, 64, 128, 16}, {32, 32, 256, 8}};
+inline constexpr Config kConfigs32[] = {{32, 32, 128, 16}, {16, 16, 256, 8}};
 inline constexpr int kConfigCount = 2;
 
 constexpr const Config& config_of(int index, std::int64_t element) {
@@ -49,9 +50,10 @@ constexpr std::int64_t states_shared_memory(const Config& c, std::int64_t elemen
 // Gradients of chunks: B, C, the scores, sums over the warps (HeadSums of backward.cuh), and for
 // every head that is there at once, a stage, two states, x, g and the decays.
 constexpr std::int64_t gradients_shared_memory(const Config& c, std::int64_t element, int stages) {
-  constexpr std::int64_t kWarps = 16;
   const std::int64_t row_blocks = c.steps / 16;
-  const std::int64_t sums = (2 * (kWarps / row_blocks) + row_blocks + 1) * c.steps + kWarps;
+  const std::int64_t pair_sum = element == 2 ? 1 : 2;  // a float, or a double
+  const std::int64_t sums = (c.warps / row_blocks) * (pair_sum + 1) * c.steps +
+                            (row_blocks * pair_sum + 1) * c.steps + c.warps;
   const std::int64_t decays = element == 2 ? 2 * c.steps + 4 : 3 * c.steps;
   constexpr std::int64_t kFloat = sizeof(float);
   return 2 * tile_bytes(c.steps, c.states, element) + tile_bytes(c.steps, c.steps, element) +

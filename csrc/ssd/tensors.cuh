@@ -283,11 +283,12 @@ __device__ __forceinline__ void load_tile(T* to, int stride, const T* from, std:
     T* const at = to + r * stride + c;
     if (vectorize && r < valid_rows && c + kVector <= valid_columns) {
       mamba_native::cuda::copy16_async(at, from + r * step + c);
+    } else if (r >= valid_rows || c >= valid_columns) {
+      *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        at[i] = r < valid_rows && c + i < valid_columns ? from[r * step + (c + i) * element]
-                                                        : from_float<T>(0.0f);
+        at[i] = c + i < valid_columns ? from[r * step + (c + i) * element] : from_float<T>(0.0f);
       }
     }
   }
