@@ -109,6 +109,7 @@ std::vector<Case> star() {
       with("length_256", [](Case& c) { c.length = 256; }),
       with("length_257", [](Case& c) { c.length = 257; }),
       with("length_600", [](Case& c) { c.length = 600; }),
+      with("length_1600", [](Case& c) { c.length = 1600; }),  // segments, on a GPU
       with("many_batches", [](Case& c) { c.batch = 5; }),
       with("one_head",  // sums over heads would be a single number each
            [](Case& c) {
@@ -219,6 +220,7 @@ std::vector<Case> star() {
            }),
       packed("packed", Packing::indices, [](Case&) {}),
       packed("packed_length_600", Packing::indices, [](Case& c) { c.length = 600; }),
+      packed("packed_length_1600", Packing::indices, [](Case& c) { c.length = 1600; }),
       packed("packed_reverse_length_600", Packing::indices,
              [](Case& c) {
                c.length = 600;
@@ -238,6 +240,11 @@ std::vector<Case> star() {
       packed("numbered", Packing::numbered, [](Case&) {}),
       packed("numbered_length_1", Packing::numbered, [](Case& c) { c.length = 1; }),
       packed("numbered_length_600", Packing::numbered, [](Case& c) { c.length = 600; }),
+      packed("numbered_reverse_length_1600", Packing::numbered,
+             [](Case& c) {
+               c.length = 1600;
+               c.reverse = true;
+             }),
       packed("numbered_reverse_length_600", Packing::numbered,
              [](Case& c) {
                c.length = 600;
@@ -314,7 +321,8 @@ std::vector<double> sequence_indices(const Case& c) {
   for (std::int64_t b = 0; b < c.batch; ++b) {
     double index = 0;
     for (std::int64_t t = 0; t < c.length; ++t) {
-      const std::int64_t cuts[] = {1, 2, 30, 63, 64, 65, 128, 129, 255, 256, 257, 380, 512};
+      const std::int64_t cuts[] = {1,   2,   30,  63,  64,  65,  128, 129,
+                                   255, 256, 257, 380, 512, 768, 1100};
       const std::int64_t place = t + 3 * b;
       if (t > 0 && (c.one_step || std::count(std::begin(cuts), std::end(cuts), place) > 0)) {
         index += place == 30 || place == 256 ? 2 : 1;
@@ -1375,26 +1383,34 @@ TEST(SsdPlan, TheSmallestTilesThatHoldTheStatesRun) {
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     for (const int shared_memory : {kAda, kHopper}) {
       const mamba_native::cuda::DeviceInfo device = device_with(shared_memory);
-      for (const std::int64_t d_state : {1, 16, 64, 65, 128, 129, 256}) {
-        const int expected = d_state <= 64 ? 0 : d_state <= 128 ? 1 : 2;
+      for (const std::int64_t d_state : {1, 16, 64, 128, 129, 256}) {
+        const int expected = d_state <= 128 ? 0 : 1;
         EXPECT_EQ(choose_forward(d_state, dtype, device), expected) << d_state;
-        EXPECT_EQ(choose_backward(d_state, dtype, device), std::max(0, expected - 1)) << d_state;
+        EXPECT_EQ(choose_backward(d_state, dtype, device), expected) << d_state;
       }
     }
   }
 }
 
-TEST(SsdPlan, TuringRunsTheTilesThatFit) {
-  EXPECT_EQ(choose_forward(64, DType::f16, device_with(kTuring)), 0);
-  EXPECT_EQ(choose_forward(128, DType::f16, device_with(kTuring)), 2);
-  EXPECT_EQ(choose_forward(256, DType::f32, device_with(kTuring)), 2);
+TEST(SsdPlan, TuringRunsForwardsTilesThatFit) {
+  EXPECT_EQ(choose_forward(64, DType::f16, device_with(kTuring)), 1);
+  EXPECT_EQ(choose_forward(128, DType::f16, device_with(kTuring)), 1);
+  EXPECT_EQ(choose_forward(256, DType::f32, device_with(kTuring)), 1);
+  try {
+    choose_backward(128, DType::f16, device_with(kTuring));
+    FAIL() << "backward's tiles do not fit";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("bytes of shared memory, the device has 65536"),
+              std::string::npos)
+        << error.what();
+  }
 }
 
 TEST(SsdPlan, AForcedRowRunsOrSaysWhyNot) {
   EXPECT_EQ(choose_forward(64, DType::bf16, device_with(kHopper), 1), 1);
-  EXPECT_NE(forward_refusal(65, DType::bf16, kHopper, 0).find("it holds 64 states at most"),
+  EXPECT_NE(forward_refusal(129, DType::bf16, kHopper, 0).find("it holds 128 states at most"),
             std::string::npos);
-  EXPECT_NE(forward_refusal(128, DType::bf16, kTuring, 1).find("bytes of shared memory"),
+  EXPECT_NE(forward_refusal(128, DType::bf16, kTuring, 0).find("bytes of shared memory"),
             std::string::npos);
 }
 
@@ -1403,18 +1419,43 @@ TEST(SsdPlan, MoreStatesThanAnyRowHoldsAreRefused) {
             std::string::npos);
 }
 
-BackwardPlan plan_of(std::int64_t batch, std::int64_t length) {
-  const std::int64_t heads = 80, P = 64, N = 128;
+// Mamba-2 2.7B's heads in bfloat16.
+Inputs inputs_of(std::int64_t batch, std::int64_t length) {
+  Inputs in;
+  in.x = TensorView(nullptr, DType::bf16, {batch, length, 80, 64}, test::kCuda);
+  in.B = TensorView(nullptr, DType::bf16, {batch, length, 1, 128}, test::kCuda);
+  return in;
+}
+
+BackwardPlan plan_of(std::int64_t batch, std::int64_t length, int shared_memory = kHopper) {
   BackwardParams params;
-  params.in.x = TensorView(nullptr, DType::bf16, {batch, length, heads, P}, test::kCuda);
-  params.in.B = TensorView(nullptr, DType::bf16, {batch, length, 1, N}, test::kCuda);
-  return plan_backward(params, device_with(kHopper));
+  params.in = inputs_of(batch, length);
+  return plan_backward(params, device_with(shared_memory));
+}
+
+TEST(SsdPlan, ForwardCutsTimeWhereThereAreFewHeads) {
+  const mamba_native::cuda::DeviceInfo device = device_with(kHopper);
+  const ForwardPlan one = plan_forward(inputs_of(1, 32768), device);
+  EXPECT_EQ(one.segments, 3);  // 240 CTAs, two for each of 132 multiprocessors
+  EXPECT_EQ(one.segment % kCheckpointInterval, 0);
+  EXPECT_GE(one.segment * one.segments, 32768);
+  EXPECT_EQ(one.size, 2 * 80 * (64 * 128 + 1));
+  const ForwardPlan eight = plan_forward(inputs_of(8, 2048), device);
+  EXPECT_EQ(eight.segments, 1);
+  EXPECT_EQ(eight.segment, 2048);
+  EXPECT_EQ(eight.size, 0);
+  EXPECT_EQ(plan_forward(inputs_of(1, 700), device).segments, 1);
 }
 
 TEST(SsdPlan, BackwardSharesHeadsWhereThereAreFewChunks) {
-  EXPECT_EQ(plan_of(1, 2048).shares, 8);  // 32 chunks for 264 CTAs
-  EXPECT_EQ(plan_of(1, 64).shares, 80);   // as many as there are heads
+  EXPECT_EQ(plan_of(1, 2048).shares, 4);  // 128 CTAs for 132 multiprocessors
+  EXPECT_EQ(plan_of(1, 64).shares, 27);   // three heads each; the most is 32
   EXPECT_EQ(plan_of(64, 2048).shares, 1);
+}
+
+TEST(SsdPlan, BackwardHoldsTwoHeadsWhereTheyFit) {
+  EXPECT_EQ(plan_of(1, 2048, kHopper).stages, 2);
+  EXPECT_EQ(plan_of(1, 2048, kAda).stages, 1);
 }
 
 TEST(SsdPlan, BackwardsWorkspaceIsBoundedByAStretch) {
