@@ -109,12 +109,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def judge(operation, dtype, function, reference, tensors, plain=None):
+def judge(operation, dtype, function, reference, tensors, plain=None, tensor_cores=False):
     """Outputs and gradients of function(**tensors) against those of reference(**tensors).
 
     plain: the yardstick's formula where the reference sums in another order than a loop would.
+    tensor_cores: everything, float32 results too, is made of numbers rounded to the dtype.
     """
     outputs, gradients, cotangents = evaluate(function, tensors)
+    suffix = "_tensor_cores" if tensor_cores else ""
     with one_thread():
         truths, yardsticks = (
             evaluate(formula, convert(tensors, wide), convert(cotangents, wide))
@@ -125,6 +127,7 @@ def judge(operation, dtype, function, reference, tensors, plain=None):
         (gradients, truths[1], yardsticks[1], "backward", GRADIENT_SLACK),
     ):
         for name, result in results.items():
-            assert_close(
-                f"{operation}_{direction}", dtype, name, result, truth[name], yardstick[name], slack
-            )
+            if tensor_cores:
+                result = result.to(DTYPES[dtype])
+            op = f"{operation}_{direction}{suffix}"
+            assert_close(op, dtype, name, result, truth[name], yardstick[name], slack)

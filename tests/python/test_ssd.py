@@ -132,6 +132,7 @@ def test_outputs_and_gradients(row, dtype, device):
         lambda **t: scan(**t, **options),
         lambda **t: recurrence(**t, **options),
         tensors,
+        tensor_cores=device == "cuda" and dtype != "f32",
     )
 
 
@@ -242,6 +243,70 @@ def test_groups_are_expanded(device):
     wide = t | {name: t[name].repeat_interleave(2, dim=2) for name in ("B", "C")}
     for a, b in zip(scan(**t), scan(**wide), strict=True):
         close(a, b)
+
+
+# ---- on a GPU ----
+
+
+def gradients_of(tensors, **options):
+    leaves = {name: v.detach().requires_grad_() for name, v in tensors.items()}
+    out, final = scan(**leaves, **options)
+    weights = torch.cos(torch.arange(out.shape[1], device=out.device)).view(1, -1, 1, 1)
+    loss = (out.float() * weights).sum() + final.sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"out": out.detach(), "final": final.detach()} | dict(
+        zip(leaves, gradients, strict=True)
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_every_run_gives_the_same_bits(device, groups):
+    shape = {"length": 700, "heads": 8, "groups": groups, "headdim": 64, "d_state": 128}
+    tensors = problem(torch.bfloat16, device, **shape)
+    first = gradients_of(tensors)
+    for _ in range(99 if device == "cuda" else 2):
+        for name, again in gradients_of(tensors).items():
+            assert torch.equal(first[name], again), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [300, 1600], ids=["one launch", "segments"])
+def test_forward_replays_from_a_cuda_graph(length):
+    shape = {"length": length, "headdim": 64, "d_state": 128}
+    tensors, others = (problem(torch.bfloat16, "cuda", **shape, seed=seed) for seed in (0, 1))
+    with torch.no_grad():
+        expected = scan(**others)
+        scan(**tensors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = scan(**tensors)
+        for name, tensor in tensors.items():
+            tensor.copy_(others[name])
+        graph.replay()
+    for got, wanted in zip(replayed, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"batch": 8, "length": 2048, "heads": 80, "groups": 1},  # more than a workspace at once
+        {"batch": 1, "length": 8192, "heads": 80, "groups": 1},  # segments of time
+        {"batch": 1, "length": 2049, "heads": 24, "groups": 8},
+        {"batch": 2, "length": 513, "heads": 4, "groups": 1, "d_state": 256},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_calls_agree_with_the_cpu(shape, dtype):
+    tensors = problem(dtype, **{"headdim": 64, "d_state": 128} | shape)
+    got = gradients_of({name: v.cuda() for name, v in tensors.items()})
+    expected = gradients_of({name: v.float() for name, v in tensors.items()})
+    for name, wanted in expected.items():
+        error = (got[name].cpu().double() - wanted.double()).square().sum()
+        share = (error / wanted.double().square().sum()).item()
+        assert share < (1e-8 if dtype == torch.float32 else 1e-4), f"{name}: {share}"
 
 
 # ---- packed sequences ----
