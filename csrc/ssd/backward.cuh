@@ -95,8 +95,8 @@ inline constexpr int kStatesWarps = 8;
 //           head)
 //   CTA     as in the forward scan; between barriers: bring the chunk in; scale its x or g; the new
 //           state
-template <class T, int STEPS, int P, int N, int BLOCKS>
-__global__ void __launch_bounds__(kStatesWarps* kWarp, BLOCKS)
+template <class T, int STEPS, int P, int N>
+__global__ void __launch_bounds__(kStatesWarps* kWarp, kCtas)
     chunk_states(const BackwardArgs<T> args) {
   constexpr int kThreads = kStatesWarps * kWarp;
   using StateSplit = Split<P, N, kStatesWarps>;
@@ -226,8 +226,8 @@ __global__ void __launch_bounds__(kStatesWarps* kWarp, BLOCKS)
 
 // ---- chunks ----
 
-// A state (P, N) into a tile: from the workspace, or where a sequence begins or ends from row `row`
-// of a tensor; 0 where there is no such row or no tensor.
+// A state (P, N) into a tile: from the workspace, or where a sequence begins or ends inside of a
+// chunk from row `row` of a tensor; 0 where there is no such row or no tensor.
 template <class T, int P, int N>
 __device__ __forceinline__ void load_state_tile(T* to, int stride, const BackwardArgs<T>& args,
                                                 const T* between, bool own, const States& from,
@@ -463,14 +463,15 @@ __device__ __forceinline__ void load_head(HeadTiles<T, STEPS, P, N>& to,
   const DeviceInputs<T>& in = args.in;
   const int thread = recomputed(static_cast<int>(threadIdx.x));
   const int channels = min(P, in.headdim - p0);
-  const std::int64_t state = args.state_offset(window, b, h, p0);
-  load_state_tile<T, P, N>(to.S, kB, args, args.entering + state, in.sequences.begins(b, begin),
-                           in.initial_states, in.sequences.entering(b, begin), h, p0, channels,
+  const std::int64_t state = args.state_offset(window, b, h, p0), end = begin + steps;
+  const bool begins_inside = begin % STEPS != 0;
+  const bool ends_inside = end % STEPS != 0 && end != in.length;
+  load_state_tile<T, P, N>(to.S, kB, args, args.entering + state, begins_inside, in.initial_states,
+                           begins_inside ? in.sequences.entering(b, begin) : -1, h, p0, channels,
                            thread, kThreads);
-  load_state_tile<T, P, N>(to.Q, kB, args, args.leaving + state,
-                           in.sequences.ends(b, begin + steps - 1), args.dlast_states,
-                           in.sequences.leaving(b, begin + steps - 1), h, p0, channels, thread,
-                           kThreads);
+  load_state_tile<T, P, N>(to.Q, kB, args, args.leaving + state, ends_inside, args.dlast_states,
+                           ends_inside ? in.sequences.leaving(b, end - 1) : -1, h, p0, channels,
+                           thread, kThreads);
   load_tile<T, STEPS, P>(to.x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
                          in.x.vectorize, steps, channels, thread, kThreads);
   load_gated<T, STEPS, P>(to.g, kX, args, b, begin, h, p0, steps, channels, thread, kThreads);
@@ -793,7 +794,7 @@ using BackwardKernel = void (*)(BackwardArgs<T>);
 template <class T, std::size_t I>
 constexpr BackwardKernel<T> states_kernel() {
   constexpr Config kConfig = config_of(static_cast<int>(I), sizeof(T));
-  return &chunk_states<T, kConfig.steps, kConfig.headdim, kConfig.states, 2>;
+  return &chunk_states<T, kConfig.steps, kConfig.headdim, kConfig.states>;
 }
 
 template <class T, std::size_t I>

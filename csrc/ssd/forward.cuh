@@ -42,8 +42,8 @@ inline constexpr int kForwardWarps = 8;
 //   shared  the chunk's x, B, C; the state in T; the scores; x scaled for the new state
 // Between barriers: bring the chunk in; scores and what the old state gives; what the scores give,
 // the outputs and the new state. Other CTAs of the multiprocessor fill the waits.
-template <class T, int STEPS, int P, int N, int BLOCKS>
-__global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const ForwardArgs<T> args) {
+template <class T, int STEPS, int P, int N>
+__global__ void __launch_bounds__(kForwardWarps* kWarp, kCtas) scan(const ForwardArgs<T> args) {
   constexpr int kThreads = kForwardWarps * kWarp;
   using OutSplit = Split<STEPS, P, kForwardWarps>;
   using StateSplit = Split<P, N, kForwardWarps>;
@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
   T* const S = C + STEPS * kB;
   T* const scores = S + P * kB;
   Decays<T, STEPS>& decays = *reinterpret_cast<Decays<T, STEPS>*>(scores + STEPS * kM);
+  float& carry = *reinterpret_cast<float*>(&decays + 1);  // thread 0's
 
   const DeviceInputs<T>& in = args.in;
   const int channel_blocks = (in.headdim + P - 1) / P;
@@ -69,8 +70,9 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
   const std::int64_t first = segment * args.segment;
   const std::int64_t last = min(first + args.segment, in.length);
   float state[StateSplit::kJ][4];
-  float carry = 1.0f;  // how much of the state before the segment is left
-  bool is_cut = false;
+  if (threadIdx.x == 0) {
+    carry = 1.0f;
+  }
 
   std::int64_t end = first;
   for (std::int64_t begin = first; begin < last; begin = end) {
@@ -92,6 +94,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
       const bool at_checkpoint = begin % kCheckpointInterval == 0;
       if (begin == first) {
         clear(state);
+#pragma unroll 1
         for (int i = 0; i < segment && !args.first_pass; ++i) {
           const float decay = args.carries[args.head_of(i, b, h)];
           if (decay < 0.0f) {
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
           } else {
             scale_rows(state, decay, decay);
           }
-          add_states(state, in, args.ends_of(i, b), h, p0 + state_p, state_n, lane);
+          load_states<true>(state, in, args.ends_of(i, b), 0, h, p0 + state_p, state_n, lane);
         }
       }
       if (at_checkpoint && begin > 0) {
@@ -114,7 +117,6 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
       }
       store_fragments(state, S + state_p * kB + state_n, kB, lane);
     }
-    is_cut = is_cut || in.sequences.begins(b, begin);
     load_tile<T, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element, in.x.vectorize,
                            steps, channels, thread, kThreads);
     load_tile<T, STEPS, N>(B, kB, in.B.at(b, begin, group, 0), in.B.step, in.B.element,
@@ -202,7 +204,9 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
                      state_n, lane);
       }
     }
-    carry *= decays.whole();
+    if (args.first_pass && thread == 0) {
+      carry = in.sequences.begins(b, begin) || carry < 0.0f ? -1.0f : carry * decays.whole();
+    }
     __syncthreads();
   }
   if (args.first_pass) {
@@ -214,7 +218,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, BLOCKS) scan(const Forwa
                    StateSplit::column(warp), static_cast<int>(threadIdx.x) % kWarp);
     }
     if (threadIdx.x == 0 && p0 == 0) {
-      args.carries[args.head_of(segment, b, h)] = is_cut ? -1.0f : carry;
+      args.carries[args.head_of(segment, b, h)] = carry;
     }
   }
 }
@@ -225,7 +229,7 @@ using ForwardKernel = void (*)(ForwardArgs<T>);
 template <class T, std::size_t I>
 constexpr ForwardKernel<T> forward_kernel() {
   constexpr Config kConfig = config_of(static_cast<int>(I), sizeof(T));
-  return &scan<T, kConfig.steps, kConfig.headdim, kConfig.states, 2>;
+  return &scan<T, kConfig.steps, kConfig.headdim, kConfig.states>;
 }
 
 template <class T, std::size_t... I>

@@ -32,12 +32,12 @@ constexpr std::int64_t tile_bytes(std::int64_t rows, std::int64_t columns, std::
   return rows * (columns * element + 16);
 }
 
-// Shared memory of a forward CTA in bytes: x and scaled x, B, C, the state, the scores, and the
-// decays.
+// Shared memory of a forward CTA in bytes: x and scaled x, B, C, the state, the scores, the decays
+// and their product.
 constexpr std::int64_t forward_shared_memory(const Config& c, std::int64_t element) {
   return 2 * tile_bytes(c.steps, c.headdim, element) + 2 * tile_bytes(c.steps, c.states, element) +
          tile_bytes(c.headdim, c.states, element) + tile_bytes(c.steps, c.steps, element) +
-         3 * c.steps * static_cast<std::int64_t>(sizeof(float));
+         (3 * c.steps + 4) * static_cast<std::int64_t>(sizeof(float));
 }
 
 // Shared memory of backward's CTAs in bytes. States between chunks: x or g, B or C, the state, the

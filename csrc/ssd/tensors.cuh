@@ -40,6 +40,13 @@ using mamba_native::cuda::store_vector;
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+// CTAs for which a multiprocessor has registers; Turing's has shared memory for one only.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr int kCtas = 1;
+#else
+inline constexpr int kCtas = 2;
+#endif
+
 // ---- tensors ----
 
 // (B, L, H or G, P or N) in T. In a reverse scan `step` is negative.
@@ -388,8 +395,8 @@ __device__ __forceinline__ void store_fragments(const float (&acc)[J][4], T* to,
 }
 
 // This lane's part of a state (P, N), whose warp's part begins at channel p and state n, from and
-// to row `row` of a tensor; 0 where there is no such row or no tensor.
-template <int J, class T>
+// to row `row` of a tensor; 0 where there is no such row or no tensor. ADD: to what is there.
+template <bool ADD = false, int J, class T>
 __device__ __forceinline__ void load_states(float (&acc)[J][4], const DeviceInputs<T>& in,
                                             const States& from, int row, int h, int p, int n,
                                             int lane) {
@@ -401,23 +408,10 @@ __device__ __forceinline__ void load_states(float (&acc)[J][4], const DeviceInpu
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int down = e / 2 * 8, right = 8 * j + e % 2;
-      acc[j][e] = exists && channel + down < in.headdim && state + right < in.states
-                      ? first[down * from.channel + right * from.state]
-                      : 0.0f;
-    }
-  }
-}
-
-template <int J, class T>
-__device__ __forceinline__ void add_states(float (&acc)[J][4], const DeviceInputs<T>& in,
-                                           const States& from, int h, int p, int n, int lane) {
-  float more[J][4];
-  load_states(more, in, from, 0, h, p, n, lane);
-#pragma unroll
-  for (int j = 0; j < J; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      acc[j][e] += more[j][e];
+      const float value = exists && channel + down < in.headdim && state + right < in.states
+                              ? first[down * from.channel + right * from.state]
+                              : 0.0f;
+      acc[j][e] = ADD ? acc[j][e] + value : value;
     }
   }
 }
