@@ -35,6 +35,7 @@ FROM_LIBCUXX = (
     "cstddef",
     "cstdint",
     "initializer_list",
+    "limits",
     "type_traits",
     "utility",
 )
