@@ -166,16 +166,18 @@ __global__ void __launch_bounds__(kStatesWarps* kWarp, kCtas)
     const bool is_last = !adjoint && begin / STEPS == (last - 1) / STEPS;  // nobody asks for more
     if (adjoint) {
       load_gated<T, STEPS, P>(x, kX, args, b, begin, h, p0, steps, channels, thread, kThreads);
-    } else {
+    } else if (!is_last) {
       load_tile<T, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
                              in.x.vectorize, steps, channels, thread, kThreads);
     }
-    const Steps<const T>& projection = adjoint ? in.C : in.B;
-    load_tile<T, STEPS, N>(B, kB, projection.at(b, begin, group, 0), projection.step,
-                           projection.element, projection.vectorize, steps, in.states, thread,
-                           kThreads);
-    if (warp == 0) {
-      decays.prepare(in, b, h, begin, steps);
+    if (!is_last) {
+      const Steps<const T>& projection = adjoint ? in.C : in.B;
+      load_tile<T, STEPS, N>(B, kB, projection.at(b, begin, group, 0), projection.step,
+                             projection.element, projection.vectorize, steps, in.states, thread,
+                             kThreads);
+      if (warp == 0) {
+        decays.prepare(in, b, h, begin, steps);
+      }
     }
     mamba_native::cuda::wait_for_copies();
     __syncthreads();
@@ -724,11 +726,15 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) chunk_gradients(const Backwar
         T* const stage = x + s0 * kX + c0;
         if (in.D.data != nullptr) {
           float skip[kJP][2] = {};
+          const float D_of_head = in.D.at(h, 0);
 #pragma unroll
           for (int j = 0; j < kJP; ++j) {
             const int p = c0 + 8 * j + fragment_column(lane);
-            const float D[2] = {in.D.at(h, min(p0 + p, in.headdim - 1)),
-                                in.D.at(h, min(p0 + p + 1, in.headdim - 1))};
+            float D[2] = {D_of_head, D_of_head};
+            if (in.D.channel != 0) {
+              D[0] = in.D.at(h, min(p0 + p, in.headdim - 1));
+              D[1] = in.D.at(h, min(p0 + p + 1, in.headdim - 1));
+            }
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
               const int at = (e == 0 ? s_upper : s_lower) * kX + p;

@@ -173,18 +173,28 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, kCtas) scan(const Forwar
         mamba_native::cuda::wait_for_copies();
         __syncwarp();
       }
+      const float skip_of_head = in.D.at(h, 0);
 #pragma unroll
       for (int j = 0; j < OutSplit::kJ; ++j) {
         const int p = column + 8 * j + fragment_column(lane);
+        float skip[2] = {skip_of_head, skip_of_head};
+        if (in.D.channel != 0) {
+          skip[0] = in.D.at(h, p0 + min(p, channels - 1));
+          skip[1] = in.D.at(h, p0 + min(p + 1, channels - 1));
+        }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int t = e < 2 ? upper : lower;
-          const int channel = p0 + min(p + e % 2, channels - 1);
-          float value = fmaf(in.D.at(h, channel), as_float(x[t * kX + p + e % 2]), y[j][e]);
+        for (int i = 0; i < 2; ++i) {
+          const int t = i == 0 ? upper : lower;
+          float of_x[2];
+          load_vector<2>(x + t * kX + p, of_x);
+          y[j][2 * i] = fmaf(skip[0], of_x[0], y[j][2 * i]);
+          y[j][2 * i + 1] = fmaf(skip[1], of_x[1], y[j][2 * i + 1]);
           if (in.z.data != nullptr) {
-            value *= fast_silu(as_float(C[t * kB + p + e % 2]));
+            float gate[2];
+            load_vector<2>(C + t * kB + p, gate);
+            y[j][2 * i] *= fast_silu(gate[0]);
+            y[j][2 * i + 1] *= fast_silu(gate[1]);
           }
-          y[j][e] = value;
         }
       }
       __syncwarp();
