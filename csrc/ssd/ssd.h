@@ -25,6 +25,7 @@
 // Sizes: B batch, L length, H heads, P headdim, G groups of heads that share B and C (H % G == 0),
 // N d_state; P, N, G > 0. B = 0, L = 0 and H = 0 are valid: outputs are empty, last_states are the
 // initial states, sums are 0.
+// On CUDA N is at most 256, and backward's tiles need the shared memory of sm_80 or newer.
 //
 // Dtypes: x, B, C, z share one dtype T of float32, float16, bfloat16 (or float64 on the CPU). dt is
 // T or float32. Everything else is float32 (float64 if T is). Arithmetic and state are float32.
