@@ -887,8 +887,8 @@ void backward(const BackwardParams& params) {
            windows * batch * groups * plan.shares, config.warps,
            gradients_shared_memory(config, sizeof(T), plan.stages), args, params.stream);
     if (plan.shares > 1) {
-      sum_parts(params.dB, parts[0], plan.shares, args.begin, args.end, params.stream);
-      sum_parts(params.dC, parts[1], plan.shares, args.begin, args.end, params.stream);
+      sum_parts(params.dB, params.dC, parts[0], parts[1], plan.shares, args.begin, args.end,
+                params.stream);
     }
   }
   const std::int64_t rows = batch * args.all_windows;

@@ -42,26 +42,29 @@ __global__ void __launch_bounds__(kThreads) sum_rows_kernel(const Rows args) {
 }
 
 struct Parts {
-  float* to;
-  const float* parts;
+  float* to[2];
+  const float* parts[2];
   std::int64_t count, size;  // parts, and elements of one
   std::int64_t begin, steps, groups, states;
   std::int64_t strides[4];
 };
 
-__global__ void __launch_bounds__(kThreads) sum_parts_kernel(const Parts args) {
+//   grid    (blocks of elements; y: which of the two tensors)
+__global__ void __launch_bounds__(kThreads) sum_parts_kernel(const __grid_constant__ Parts args) {
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= args.size) {
     return;
   }
+  const float* const parts = args.parts[blockIdx.y];
   float sum = 0.0f;
   for (std::int64_t k = 0; k < args.count; ++k) {
-    sum += args.parts[k * args.size + index];
+    sum += parts[k * args.size + index];
   }
   const std::int64_t n = index % args.states, g = index / args.states % args.groups;
   const std::int64_t t = index / args.states / args.groups;
-  args.to[t / args.steps * args.strides[0] + (args.begin + t % args.steps) * args.strides[1] +
-          g * args.strides[2] + n * args.strides[3]] = sum;
+  args.to[blockIdx.y][t / args.steps * args.strides[0] +
+                      (args.begin + t % args.steps) * args.strides[1] + g * args.strides[2] +
+                      n * args.strides[3]] = sum;
 }
 
 }  // namespace
@@ -85,22 +88,25 @@ void sum_rows(const TensorView& to, const float* parts, std::int64_t rows, std::
   MAMBA_CUDA_CHECK_LAUNCH();
 }
 
-void sum_parts(const TensorView& to, const float* parts, std::int64_t count, std::int64_t begin,
-               std::int64_t end, void* stream) {
+void sum_parts(const TensorView& first, const TensorView& second, const float* first_parts,
+               const float* second_parts, std::int64_t count, std::int64_t begin, std::int64_t end,
+               void* stream) {
   Parts args;
-  args.to = to.as<float>();
-  args.parts = parts;
+  args.to[0] = first.as<float>();
+  args.to[1] = second.as<float>();
+  args.parts[0] = first_parts;
+  args.parts[1] = second_parts;
   args.count = count;
   args.begin = begin;
   args.steps = end - begin;
-  args.groups = to.size[2];
-  args.states = to.size[3];
-  args.size = to.size[0] * args.steps * args.groups * args.states;
+  args.groups = first.size[2];
+  args.states = first.size[3];
+  args.size = first.size[0] * args.steps * args.groups * args.states;
   for (int i = 0; i < 4; ++i) {
-    args.strides[i] = to.stride[i];
+    args.strides[i] = first.stride[i];
   }
-  sum_parts_kernel<<<static_cast<unsigned>(ceil_div(args.size, kThreads)), kThreads, 0,
-                     static_cast<cudaStream_t>(stream)>>>(args);
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.size, kThreads)), 2);
+  sum_parts_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   MAMBA_CUDA_CHECK_LAUNCH();
 }
 

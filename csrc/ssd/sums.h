@@ -14,9 +14,10 @@ void sum_rows(const TensorView& to, const float* parts, std::int64_t rows, std::
               void* stream);
 
 // Enqueues to[b, t, g, n] = sum over k of parts[k, b, t - begin, g, n] for the steps t of
-// [begin, end). `to`: (B, L, G, N) float32, any strides. parts: (count, B, end - begin, G, N),
-// contiguous.
-void sum_parts(const TensorView& to, const float* parts, std::int64_t count, std::int64_t begin,
-               std::int64_t end, void* stream);
+// [begin, end), for two tensors `to` of one shape, (B, L, G, N) float32, and the same strides.
+// parts: (count, B, end - begin, G, N), contiguous.
+void sum_parts(const TensorView& first, const TensorView& second, const float* first_parts,
+               const float* second_parts, std::int64_t count, std::int64_t begin, std::int64_t end,
+               void* stream);
 
 }  // namespace mamba_native::ssd::cuda
