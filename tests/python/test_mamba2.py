@@ -428,6 +428,25 @@ MODELS = {
         "attn_cfg": {"num_heads": 4, "causal": True, "rotary_emb_dim": 8},
         "d_intermediate": 48,
     },
+    # The options of the published mamba2attn-2.7b and transformerpp-2.7b.
+    "convolved_attention": {
+        "attn_layer_idx": [0, 2],
+        "attn_cfg": {
+            "num_heads": 4,
+            "head_dim": 10,
+            "causal": True,
+            "d_conv": 4,
+            "rotary_emb_dim": 6,
+            "qkv_proj_bias": False,
+            "out_proj_bias": False,
+        },
+    },
+    "attention_alone": {
+        "attn_layer_idx": [0, 1, 2],
+        "attn_cfg": {"num_heads": 4, "num_heads_kv": 2, "causal": True, "rotary_emb_dim": 8},
+        "d_intermediate": 48,
+        "rms_norm": False,
+    },
 }
 
 
@@ -460,20 +479,23 @@ def test_decoding_is_the_forward_pass(model, device, graphs):
     torch.testing.assert_close(scores(model, tokens, 10, cg=graphs), whole, rtol=1e-3, atol=1e-3)
 
 
-def test_a_packed_prompt_of_a_model(device):
-    """Lengths as they come, prefilled as one row, then decoded as a batch."""
-    model = MambaLMHeadModel(MambaConfig(**CONFIG)).to(device)
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_packed_prompt_of_a_model(model, device, padding):
+    """Lengths as they come, prefilled as one row, then decoded as a batch; padding is behind the last sequence."""
     lengths, more = [17, 6, 10], 4
     rows = [torch.randint(0, 61, (1, n + more), device=device) for n in lengths]
     prompt = torch.cat([row[:, :n] for row, n in zip(rows, lengths, strict=True)], dim=1)
+    prompt = F.pad(prompt, (0, padding))
     params = InferenceParams(max_seqlen=32, max_batch_size=3)
     cu_seqlens = bounds(lengths, device)
-    packing = {"seq_idx": indices(lengths, device), "cu_seqlens": cu_seqlens}
+    seq_idx = F.pad(indices(lengths, device), (0, padding), value=-1)
+    packing = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     with torch.no_grad():
         logits = model(prompt, inference_params=params, **packing).logits
         outs = [logits[0, cu_seqlens[1:].long() - 1]]
         for t in range(more - 1):
             params.seqlen_offset = max(lengths) + t
+            params.lengths_per_sample = cu_seqlens.diff() + t
             token = torch.cat([row[:, n + t, None] for row, n in zip(rows, lengths, strict=True)])
             outs.append(model(token, inference_params=params).logits[:, -1])
         for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
