@@ -1,5 +1,6 @@
 """The Mamba-2 layers: parameters, initialisation, caches, packed sequences, and agreement of their forms."""
 
+import copy
 import functools
 import json
 import math
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, create_block
+from mamba_ssm.modules.bimamba import BiMamba2
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba2_simple import Mamba2Simple
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_ref
@@ -297,16 +299,6 @@ def test_step_compiles_to_one_graph(device):
     torch.testing.assert_close(got, expected)
 
 
-def test_exports(device):
-    model = Mamba2(**SMALL).to(device)
-    length = torch.export.Dim("length", min=2, max=100)
-    exported = torch.export.export(
-        model, (torch.randn(2, 9, 24, device=device),), dynamic_shapes={"u": {1: length}}
-    )
-    u = torch.randn(2, 31, 24, device=device)
-    torch.testing.assert_close(exported.module()(u), model(u))
-
-
 def test_gradients_for_each_sample(device):
     """torch.func over the layer: vmap of its gradient is the gradient of each row."""
     model = Mamba2(**SMALL).to(device)
@@ -560,3 +552,62 @@ def test_step_and_forward_are_captured_in_a_graph():
         forward.replay()
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-4, atol=1e-4)
     assert torch.equal(again, whole)
+
+
+LAYERS = {
+    "Mamba2": lambda: Mamba2(**SMALL),
+    "Mamba2, everything": lambda: Mamba2(**SMALL | ROWS["everything"]),
+    "Mamba2, plain path": lambda: Mamba2(**SMALL, use_mem_eff_path=False),
+    "Mamba2Simple": lambda: Mamba2Simple(24, d_state=6, headdim=8, learnable_init_states=True),
+    "BiMamba2": lambda: BiMamba2(**SMALL),
+    "BiMamba2, gated": lambda: BiMamba2(**SMALL, tie_weights=False, fusion="gated"),
+}
+
+
+def train(model, u):
+    out = model(u)
+    return out, *torch.autograd.grad(out.square().sum(), [u, *model.parameters()])
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    return LAYERS[request.param]()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 70, 700])
+def test_the_gpu_agrees_with_the_cpu(layer, length):
+    u = torch.randn(2, length, 24)
+    results = []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(layer).to(device)
+        results.append(train(model, u.to(device).requires_grad_()))
+    for expected, got in zip(*results, strict=True):
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.gpu
+def test_training_replays_from_cuda_graphs(layer):
+    """Forward and backward, as make_graphed_callables captures them."""
+    model = layer.to("cuda")
+    sample, u = (torch.randn(2, 70, 24, device="cuda", requires_grad=True) for _ in range(2))
+    expected = train(model, u)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (sample,))
+    for got, wanted in zip(train(graphed, u), expected, strict=True):
+        scale = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_layers_export_with_a_free_length(layer, device):
+    """For inference; what a backward pass keeps has a size of its own up to 256 steps."""
+    layer = layer.to(device)
+    length = torch.export.Dim("length", min=2, max=1000)
+    sample = torch.randn(2, 9, 24, device=device)
+    with torch.no_grad():
+        exported = torch.export.export(
+            layer, (sample,), dynamic_shapes={"u": {1: length}}, strict=False
+        )
+        for steps in (2, 31, 300):
+            u = torch.randn(2, steps, 24, device=device)
+            torch.testing.assert_close(exported.module()(u), layer(u))

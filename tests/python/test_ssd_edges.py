@@ -448,6 +448,98 @@ def test_upstream_fault_25_initial_states_reach_a_sequence_within_one_chunk(devi
     close(varlen[:1], scan(**cut(tensors, slice(None), 0, 7))[1])
 
 
+# ---- torch's own machinery ----
+
+
+class Scan(torch.nn.Module):
+    def forward(self, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx):
+        tensors = (D, z, dt_bias, initial_states, seq_idx)
+        return mamba_chunk_scan_combined(
+            x, dt, A, B, C, 64, *tensors, dt_softplus=True, return_final_states=True
+        )
+
+
+def with_ids(tensors):
+    batch, length = tensors["dt"].shape[:2]
+    ids = (torch.arange(length, device=tensors["dt"].device) // 7).to(torch.int32)
+    return tensors | {"seq_idx": ids.expand(batch, -1).contiguous()}
+
+
+def test_exports_with_a_free_length(device):
+    length = torch.export.Dim("length", min=2, max=500)
+    tensors = with_ids(problem(device=device, length=20))
+    shapes = {n: {1: length} if n in (*TIMED, "seq_idx") else None for n in tensors}
+    exported = torch.export.export(Scan(), (), tensors, dynamic_shapes=shapes)
+    longer = with_ids(problem(device=device, length=300, seed=1))
+    for one, other in zip(exported.module()(**longer), Scan()(**longer), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_compiled_forward_stores_states_for_a_backward_alone(device, grad):
+    stored = []
+
+    def backend(graph, inputs):
+        stored.extend(n.args[-1] for n in graph.graph.nodes if "ssd_forward" in str(n.target))
+        return graph.forward
+
+    leaves = {name: t.requires_grad_() for name, t in problem(device=device, length=20).items()}
+    with torch.set_grad_enabled(grad):
+        torch.compile(lambda **t: scan(**t), fullgraph=True, backend=backend)(**leaves)
+    assert stored == [grad]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_compiles_with_packed_sequences(device, reverse):
+    """A graph for every length, with a state for each sequence."""
+    run = functools.partial(scan, return_varlen_states=True, reverse=reverse)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (20, 33):
+        tensors = problem(device=device, batch=1, length=length)
+        tensors["initial_states"] = tensors["initial_states"].repeat(3, 1, 1, 1)
+        bounds = torch.tensor([0, 7, 7, length], dtype=torch.int32, device=device)
+        results = []
+        for function in (compiled, run):
+            leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+            outs = function(**leaves, cu_seqlens=bounds)
+            grads = torch.autograd.grad(sum(o.square().sum() for o in outs), [*leaves.values()])
+            results.append((*outs, *grads))
+        for one, other in zip(*results, strict=True):
+            close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [70, 1600])
+def test_forward_and_backward_replay_from_a_cuda_graph(dtype, length):
+    shape = {"length": length, "headdim": 64, "d_state": 64, "heads": 8}
+    given, others = (problem(dtype, "cuda", **shape, seed=seed) for seed in (0, 1))
+    leaves = {name: t.requires_grad_() for name, t in given.items()}
+
+    def train(tensors):
+        out, final = scan(**tensors)
+        loss = out.float().square().sum() + final.square().sum()
+        return out, final, *torch.autograd.grad(loss, [*tensors.values()])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        train(leaves)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = train(leaves)
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(others[name])
+    graph.replay()
+    expected = train({name: t.detach().requires_grad_() for name, t in others.items()})
+    for got, wanted in zip(replayed, expected, strict=True):
+        scale = wanted.abs().max().item()
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * scale)
+
+
 # ---- names and arguments ----
 
 INF = "(0.0, inf)"

@@ -31,10 +31,13 @@ class MambaChunkScanCombinedFn(torch.autograd.Function):
 
 def _scan(*inputs):
     """(out, last_states) of `native.ssd_forward`'s arguments but the last: checkpoints only for a backward."""
-    differentiable = any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+    tensors = (t for t in inputs if isinstance(t, torch.Tensor))
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if vmap.through_dispatcher():
-        return vmap.call(native.ssd_forward, *inputs, True)[:2]
-    return MambaChunkScanCombinedFn.apply(*inputs, differentiable and torch.is_grad_enabled())
+        # Within torch.func's transforms a tensor need not show that a gradient of it is wanted.
+        checkpoints = differentiable or torch._C._are_functorch_transforms_active()
+        return vmap.call(native.ssd_forward, *inputs, checkpoints)[:2]
+    return MambaChunkScanCombinedFn.apply(*inputs, differentiable)
 
 
 def _check(op, x, dt, A, B, C, D, z, dt_bias, initial_states):
