@@ -495,6 +495,26 @@ def test_a_packed_prompt_of_a_model(model, device, padding):
             torch.testing.assert_close(torch.stack(outs)[:, i], whole, rtol=1e-3, atol=1e-3)
 
 
+def test_packed_rows_of_a_model_are_separate_ones(model, device):
+    """Logits and gradients, eager and compiled to one graph."""
+    lengths = [7, 1, 12]
+    tokens = torch.randint(0, 61, (2, 20), device=device)
+    seq_idx = indices(lengths, device, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for logits in (
+        torch.cat([model(part).logits for part in tokens.split(lengths, dim=1)], dim=1),
+        model(tokens, seq_idx=seq_idx).logits,
+        compiled(tokens, seq_idx=seq_idx).logits,
+    ):
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        results.append((logits, *torch.autograd.grad(loss, [*model.parameters()])))
+    for other in results[1:]:
+        for one, expected in zip(other, results[0], strict=True):
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_a_model_learns(device):
     """A period of seven tokens."""
     model = MambaLMHeadModel(MambaConfig(**CONFIG)).to(device)
