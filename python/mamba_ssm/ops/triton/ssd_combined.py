@@ -35,7 +35,7 @@ def _scan(*inputs):
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if vmap.through_dispatcher():
         # Within torch.func's transforms a tensor need not show that a gradient of it is wanted.
-        checkpoints = differentiable or torch._C._are_functorch_transforms_active()
+        checkpoints = differentiable or not torch.compiler.is_compiling()
         return vmap.call(native.ssd_forward, *inputs, checkpoints)[:2]
     return MambaChunkScanCombinedFn.apply(*inputs, differentiable)
 
