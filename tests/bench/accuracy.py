@@ -31,6 +31,10 @@ from mamba_ssm.ops.triton.selective_state_update import (  # noqa: E402
     selective_state_update,
     selective_state_update_ref,
 )
+from mamba_ssm.ops.triton.ssd_combined import (  # noqa: E402
+    mamba_chunk_scan,
+    mamba_chunk_scan_combined,
+)
 
 BATCH, CHANNELS, STATES, LENGTH = 2, 256, 16, 512
 
@@ -61,6 +65,23 @@ def complex_scan(draw):
     tensors |= {name: draw(BATCH, STATES, 2 * length) for name in ("B", "C")}
     tensors["A"] = torch.complex(tensors["A"], 3 * torch.randn(CHANNELS, STATES))
     return tensors, *rest
+
+
+def chunked_scan(draw):
+    heads, headdim, states = 4, 64, 64
+    steps = (BATCH, LENGTH)
+    tensors = {
+        "x": draw(*steps, heads, headdim),
+        "dt": draw(*steps, heads) - 1,
+        "A": -torch.rand(heads) * 8 - 0.5,
+        "B": draw(*steps, 1, states),
+        "C": draw(*steps, 1, states),
+        "D": torch.randn(heads),
+        "z": draw(*steps, heads, headdim),
+        "dt_bias": torch.randn(heads),
+    }
+    fixed = {"chunk_size": 64, "dt_softplus": True}
+    return tensors, one(mamba_chunk_scan_combined, **fixed), one(mamba_chunk_scan, **fixed), True
 
 
 def convolution(draw):
@@ -102,6 +123,7 @@ def state_update(draw):
 OPERATIONS = {
     "selective scan": scan,
     "selective scan, complex A": complex_scan,
+    "chunked scan": chunked_scan,
     "causal convolution": convolution,
     "LayerNorm": norm,
     "state update": state_update,

@@ -96,6 +96,26 @@ def test_floor_by_hand():
     assert bench_cases.floor(case, cpu) == (30 * (16 + 80) / 1e12, "arithmetic")
 
 
+def test_floor_of_heads_by_hand():
+    # 3 x 128 x 5 elements of 2 bytes in 2 heads; dt of a head, B and C of 16 states for all.
+    case = Case("ssd", "fwd", "bfloat16", 3, 128, 5, 16, headdim=64)
+    assert case.name == "ssd/bfloat16/B3H2P64L5N16/fwd"
+    shared = 3 * 5 * (2 + 2 * 16) * 2
+    assert bench_cases.work(case)[0] == 3 * 5 * 2 * 128 * 2 + shared
+    backward = bench_cases.replace(case, direction="bwd")
+    states = 3 * 5 * 128 * 16 * 4 / 256
+    assert bench_cases.work(backward)[0] == 3 * 5 * 3 * 128 * 2 + 2 * shared + states
+    split = bench_cases.replace(case, op="split_conv")
+    assert bench_cases.work(split)[0] == 3 * 5 * 3 * 128 * 2 + shared
+    update = Case("state_update", "fwd", "bfloat16", 3, 128, states=16, headdim=64)
+    assert update.name == "state_update/bfloat16/B3H2P64N16/fwd"
+    assert bench_cases.work(update)[0] == 2 * 3 * 128 * 16 * 2
+    # Memory binds the layer of mamba2-2.7b on an H200.
+    large = Case("ssd", "fwd", "bfloat16", 8, 5120, 2048, 128, headdim=64)
+    machine = Machine("H200", 4.3e12, 4.18e12, 33.45e12, "")
+    assert bench_cases.floor(large, machine) == (pytest.approx(80.6e-6, rel=0.02), "memory")
+
+
 def test_unknown_machine_has_no_floor():
     case = Case("causal_conv1d", "bwd", "bfloat16", 1, 8, 8, layout="bdl")
     assert bench_cases.floor(case, Machine("new", None, None, None, "")) is None
@@ -104,6 +124,9 @@ def test_unknown_machine_has_no_floor():
 def test_reference_runs_on_a_cut_shape():
     large = Case("selective_scan", "bwd", "bfloat16", 8, 5120, 65536, 16)
     assert large.for_reference() == Case("selective_scan", "bwd", "bfloat16", 1, 1536, 128, 16)
+    chunked = Case("ssd", "bwd", "bfloat16", 8, 5120, 32768, 128, headdim=64)
+    cut = Case("ssd", "bwd", "bfloat16", 1, 1536, 2048, 128, headdim=64)
+    assert chunked.for_reference() == cut
     small = Case("selective_scan", "fwd", "float32", 1, 64, 100, 16)
     assert small.for_reference() == small
 

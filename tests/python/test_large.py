@@ -8,6 +8,7 @@ import torch
 from compare import FORWARD_SLACK, GRADIENT_SLACK, assert_close
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
 pytestmark = [pytest.mark.gpu, pytest.mark.large]
 
@@ -24,7 +25,7 @@ def part_of(tensor, first, dim):
     return tensor if dim is None else tensor.narrow(dim, first, TOGETHER)
 
 
-def part(function, tensors, dims, cotangent, first, dtype):
+def part(function, tensors, dims, cotangent, axis, first, dtype):
     """[out, gradients] of TOGETHER channels from `first`, alone, on the CPU."""
     leaves = {
         name: part_of(tensor, first, dims[name]).detach().cpu().to(dtype).requires_grad_()
@@ -32,29 +33,37 @@ def part(function, tensors, dims, cotangent, first, dtype):
     }
     out = function(**leaves)
     wanted = [leaves[name] for name, dim in dims.items() if dim is not None]
-    weight = part_of(cotangent, first, 1).cpu().to(dtype)
+    weight = part_of(cotangent, first, axis).cpu().to(dtype)
     return [out.detach(), *torch.autograd.grad(out, wanted, weight)]
 
 
-def check(op, function, tensors, dims, cotangent):
-    """dims: each tensor's dimension of channels, None where it has none. Batch 1: gradients are per channel."""
+def results(function, tensors, dims, cotangent, axis):
+    """Yields (name, first channel, result, truth, yardstick). Batch 1: gradients are per channel.
+
+    dims: each tensor's dimension of channels, None where it has none; axis: that of the output.
+    """
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     out = function(**leaves)
     assert out.numel() > 2**31
     names = [name for name, dim in dims.items() if dim is not None]
     gradients = torch.autograd.grad(out, [leaves[name] for name in names], cotangent)
-    for first in (0, CHANNELS - TOGETHER):
+    for first in (0, out.shape[axis] - TOGETHER):
         truth, yardstick = (
-            part(function, tensors, dims, cotangent, first, dtype)
+            part(function, tensors, dims, cotangent, axis, first, dtype)
             for dtype in (torch.float64, torch.float32)
         )
-        got = [part_of(out, first, 1)]
+        got = [part_of(out, first, axis)]
         got += [part_of(g, first, dims[n]) for n, g in zip(names, gradients, strict=True)]
-        for name, *results in zip(["out", *names], got, truth, yardstick, strict=True):
-            direction, slack = ("forward", FORWARD_SLACK)
-            if name != "out":
-                direction, slack = ("backward", GRADIENT_SLACK)
-            assert_close(f"{op}_{direction}", "bf16", f"{name} from {first}", *results, slack)
+        for name, *parts in zip(["out", *names], got, truth, yardstick, strict=True):
+            yield name, first, *parts
+
+
+def check(op, function, tensors, dims, cotangent):
+    for name, first, *parts in results(function, tensors, dims, cotangent, axis=1):
+        direction, slack = ("forward", FORWARD_SLACK)
+        if name != "out":
+            direction, slack = ("backward", GRADIENT_SLACK)
+        assert_close(f"{op}_{direction}", "bf16", f"{name} from {first}", *parts, slack)
 
 
 def test_selective_scan():
@@ -92,3 +101,28 @@ def test_causal_conv1d(layout):
         return causal_conv1d_fn(**arguments, activation="silu")
 
     check("causal_conv1d", function, tensors, {"x": 1, "weight": 0, "bias": 0}, activations())
+
+
+def test_ssd():
+    """Heads of four channels, judged by the squared deviation, as tensor cores round what they multiply."""
+    heads, headdim = 2**31 // LENGTH // 4 + TOGETHER, 4
+
+    def activations():
+        return randn(1, LENGTH, heads, headdim)
+
+    tensors = {
+        "x": activations(),
+        "dt": randn(1, LENGTH, heads) - 2,
+        "A": -torch.rand(heads, device="cuda") - 0.5,
+        "B": randn(1, LENGTH, 1, 4),
+        "C": randn(1, LENGTH, 1, 4),
+        "D": randn(heads, dtype=torch.float32),
+    }
+    dims = {"x": 2, "dt": 2, "A": 0, "B": None, "C": None, "D": 0}
+
+    def function(**arguments):
+        return mamba_chunk_scan_combined(**arguments, chunk_size=256, dt_softplus=True)
+
+    for name, first, got, truth, _ in results(function, tensors, dims, activations(), axis=2):
+        error = (got.cpu().double() - truth).square().sum() / truth.square().sum()
+        assert error < 1e-4, f"{name} from {first}: {error}"

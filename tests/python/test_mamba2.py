@@ -1,5 +1,6 @@
 """The Mamba-2 layers: parameters, initialisation, caches, packed sequences, and agreement of their forms."""
 
+import copy
 import functools
 import json
 import math
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, create_block
+from mamba_ssm.modules.bimamba import BiMamba2
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba2_simple import Mamba2Simple
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_ref
@@ -297,16 +299,6 @@ def test_step_compiles_to_one_graph(device):
     torch.testing.assert_close(got, expected)
 
 
-def test_exports(device):
-    model = Mamba2(**SMALL).to(device)
-    length = torch.export.Dim("length", min=2, max=100)
-    exported = torch.export.export(
-        model, (torch.randn(2, 9, 24, device=device),), dynamic_shapes={"u": {1: length}}
-    )
-    u = torch.randn(2, 31, 24, device=device)
-    torch.testing.assert_close(exported.module()(u), model(u))
-
-
 def test_gradients_for_each_sample(device):
     """torch.func over the layer: vmap of its gradient is the gradient of each row."""
     model = Mamba2(**SMALL).to(device)
@@ -428,6 +420,25 @@ MODELS = {
         "attn_cfg": {"num_heads": 4, "causal": True, "rotary_emb_dim": 8},
         "d_intermediate": 48,
     },
+    # The options of the published mamba2attn-2.7b and transformerpp-2.7b.
+    "convolved_attention": {
+        "attn_layer_idx": [0, 2],
+        "attn_cfg": {
+            "num_heads": 4,
+            "head_dim": 10,
+            "causal": True,
+            "d_conv": 4,
+            "rotary_emb_dim": 6,
+            "qkv_proj_bias": False,
+            "out_proj_bias": False,
+        },
+    },
+    "attention_alone": {
+        "attn_layer_idx": [0, 1, 2],
+        "attn_cfg": {"num_heads": 4, "num_heads_kv": 2, "causal": True, "rotary_emb_dim": 8},
+        "d_intermediate": 48,
+        "rms_norm": False,
+    },
 }
 
 
@@ -460,25 +471,48 @@ def test_decoding_is_the_forward_pass(model, device, graphs):
     torch.testing.assert_close(scores(model, tokens, 10, cg=graphs), whole, rtol=1e-3, atol=1e-3)
 
 
-def test_a_packed_prompt_of_a_model(device):
-    """Lengths as they come, prefilled as one row, then decoded as a batch."""
-    model = MambaLMHeadModel(MambaConfig(**CONFIG)).to(device)
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_packed_prompt_of_a_model(model, device, padding):
+    """Lengths as they come, prefilled as one row, then decoded as a batch; padding is behind the last sequence."""
     lengths, more = [17, 6, 10], 4
     rows = [torch.randint(0, 61, (1, n + more), device=device) for n in lengths]
     prompt = torch.cat([row[:, :n] for row, n in zip(rows, lengths, strict=True)], dim=1)
+    prompt = F.pad(prompt, (0, padding))
     params = InferenceParams(max_seqlen=32, max_batch_size=3)
     cu_seqlens = bounds(lengths, device)
-    packing = {"seq_idx": indices(lengths, device), "cu_seqlens": cu_seqlens}
+    seq_idx = F.pad(indices(lengths, device), (0, padding), value=-1)
+    packing = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     with torch.no_grad():
         logits = model(prompt, inference_params=params, **packing).logits
         outs = [logits[0, cu_seqlens[1:].long() - 1]]
         for t in range(more - 1):
             params.seqlen_offset = max(lengths) + t
+            params.lengths_per_sample = cu_seqlens.diff() + t
             token = torch.cat([row[:, n + t, None] for row, n in zip(rows, lengths, strict=True)])
             outs.append(model(token, inference_params=params).logits[:, -1])
         for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
             whole = model(row).logits[0, n - 1 : -1]
             torch.testing.assert_close(torch.stack(outs)[:, i], whole, rtol=1e-3, atol=1e-3)
+
+
+def test_packed_rows_of_a_model_are_separate_ones(model, device):
+    """Logits and gradients, eager and compiled to one graph."""
+    lengths = [7, 1, 12]
+    tokens = torch.randint(0, 61, (2, 20), device=device)
+    seq_idx = indices(lengths, device, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for logits in (
+        torch.cat([model(part).logits for part in tokens.split(lengths, dim=1)], dim=1),
+        model(tokens, seq_idx=seq_idx).logits,
+        compiled(tokens, seq_idx=seq_idx).logits,
+    ):
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        results.append((logits, *torch.autograd.grad(loss, [*model.parameters()])))
+    for other in results[1:]:
+        for one, expected in zip(other, results[0], strict=True):
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_a_model_learns(device):
@@ -538,3 +572,62 @@ def test_step_and_forward_are_captured_in_a_graph():
         forward.replay()
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-4, atol=1e-4)
     assert torch.equal(again, whole)
+
+
+LAYERS = {
+    "Mamba2": lambda: Mamba2(**SMALL),
+    "Mamba2, everything": lambda: Mamba2(**SMALL | ROWS["everything"]),
+    "Mamba2, plain path": lambda: Mamba2(**SMALL, use_mem_eff_path=False),
+    "Mamba2Simple": lambda: Mamba2Simple(24, d_state=6, headdim=8, learnable_init_states=True),
+    "BiMamba2": lambda: BiMamba2(**SMALL),
+    "BiMamba2, gated": lambda: BiMamba2(**SMALL, tie_weights=False, fusion="gated"),
+}
+
+
+def train(model, u):
+    out = model(u)
+    return out, *torch.autograd.grad(out.square().sum(), [u, *model.parameters()])
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    return LAYERS[request.param]()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 70, 700])
+def test_the_gpu_agrees_with_the_cpu(layer, length):
+    u = torch.randn(2, length, 24)
+    results = []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(layer).to(device)
+        results.append(train(model, u.to(device).requires_grad_()))
+    for expected, got in zip(*results, strict=True):
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.gpu
+def test_training_replays_from_cuda_graphs(layer):
+    """Forward and backward, as make_graphed_callables captures them."""
+    model = layer.to("cuda")
+    sample, u = (torch.randn(2, 70, 24, device="cuda", requires_grad=True) for _ in range(2))
+    expected = train(model, u)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (sample,))
+    for got, wanted in zip(train(graphed, u), expected, strict=True):
+        scale = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_layers_export_with_a_free_length(layer, device):
+    """For inference; what a backward pass keeps has a size of its own up to 256 steps."""
+    layer = layer.to(device)
+    length = torch.export.Dim("length", min=2, max=1000)
+    sample = torch.randn(2, 9, 24, device=device)
+    with torch.no_grad():
+        exported = torch.export.export(
+            layer, (sample,), dynamic_shapes={"u": {1: length}}, strict=False
+        )
+        for steps in (2, 31, 300):
+            u = torch.randn(2, steps, 24, device=device)
+            torch.testing.assert_close(exported.module()(u), layer(u))

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import math
 
 import pytest
@@ -162,6 +163,62 @@ def test_packed_sequences_are_separate_ones(device):
     seq_idx = ids.to(device, torch.int32)
     got = evaluate(mamba_split_conv1d_scan_combined, tensors, **options, seq_idx=seq_idx)
     assert_equal(got, evaluate(apart, tensors, **options))
+
+
+@pytest.mark.parametrize("boundary", [1, 2, 3, 4, 7, 8, 9, 19])
+def test_seq_idx_boundaries_anywhere(device, boundary):
+    """A sequence of one step behind each, then another one and a tail of -1, which takes no part in a gradient."""
+    tensors, options = problem(device, length=25, extra=2)
+    cuts = [0, boundary, boundary + 1, 22]
+    ids = torch.full((2, 25), -1, dtype=torch.int32, device=device)
+    for i, begin in enumerate(cuts[:-1]):
+        ids[:, begin : cuts[i + 1]] = i
+
+    def packed(zxbcdt, **rest):
+        return mamba_split_conv1d_scan_combined(zxbcdt, **rest, seq_idx=ids)[:, :22]
+
+    def apart(zxbcdt, **rest):
+        parts = [zxbcdt[:, begin:end] for begin, end in itertools.pairwise(cuts)]
+        return torch.cat([mamba_split_conv1d_scan_combined(part, **rest) for part in parts], dim=1)
+
+    assert_equal(evaluate(packed, tensors, **options), evaluate(apart, tensors, **options))
+
+
+@pytest.mark.parametrize("name", ["zxbcdt", "conv1d_weight", "A", "D", "rmsnorm_weight"])
+def test_expanded_sliced_and_misaligned_inputs(device, name):
+    tensors, options = problem(device, extra=2)
+    tensor = tensors[name]
+    wide = tensor.new_zeros((*tensor.shape[:-1], tensor.shape[-1] + 5))
+    wide[..., 3:-2] = tensor
+    flat = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    for view in (
+        wide[..., 3:-2],
+        flat,
+        tensor[:1].expand(tensor.shape),
+        tensor.transpose(0, -1).contiguous().transpose(0, -1),
+    ):
+        got, expected = (
+            mamba_split_conv1d_scan_combined(**tensors | {name: t}, **options, chunk_size=8)
+            for t in (view, view.contiguous())
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_no_graph(device, context):
+    tensors, options = problem(device)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    with context():
+        out = mamba_split_conv1d_scan_combined(**leaves, **options, chunk_size=8)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_chunk_size_never_changes_a_result(device, chunk_size):
+    tensors, options = problem(device)
+    got = mamba_split_conv1d_scan_combined(**tensors, **options, chunk_size=chunk_size)
+    expected = mamba_split_conv1d_scan_combined(**tensors, **options, chunk_size=8)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_states_carry_on_where_the_convolution_is_one_tap(device):

@@ -125,6 +125,71 @@ def test_rows_of_different_lengths(model, hidden):
             params.lengths_per_sample += 1
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("given", ["seq_idx", "cu_seqlens"])
+def test_packed_sequences_are_separate_ones(model, device, given, causal):
+    """Also one of a token and, behind the last, padding; values and gradients."""
+    model.causal = causal
+    lengths = [4, 1, 5, 2]
+    hidden = torch.randn(1, 12, 32, device=device)
+    index = torch.arange(4).repeat_interleave(torch.tensor(lengths)).to(device, torch.int32)
+    packing = {
+        "seq_idx": torch.where(index == 3, -1, index).unsqueeze(0),
+        "cu_seqlens": torch.tensor([0, 4, 5, 10, 10], device=device),
+    }
+    results = []
+    for packed in (True, False):
+        if packed:
+            out = model(hidden, **{given: packing[given]})
+        else:
+            out = torch.cat([model(part) for part in hidden.split(lengths, dim=1)], dim=1)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [*model.parameters()])))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_packed_prompt_is_continued_by_a_batch(model, device):
+    """Also where it is longer than a row of the cache, and has a sequence without a token."""
+    lengths = torch.tensor([5, 1, 0, 7], dtype=torch.int32, device=device)
+    sizes = lengths.tolist()
+    rows = [torch.randn(1, n + 3, 32, device=device) for n in sizes]
+    prompt = torch.cat([row[:, :n] for row, n in zip(rows, sizes, strict=True)], dim=1)
+    params = InferenceParams(max_seqlen=10, max_batch_size=4)
+    with torch.no_grad():
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+        outs = model(prompt, inference_params=params, cu_seqlens=cu_seqlens).split(sizes, dim=1)
+        params.seqlen_offset, params.lengths_per_sample = 7, lengths.clone()
+        for t in range(3):
+            token = torch.cat([row[:, n + t, None] for row, n in zip(rows, sizes, strict=True)])
+            step = model(token, inference_params=params)
+            outs = [torch.cat([o, s.unsqueeze(0)], 1) for o, s in zip(outs, step, strict=True)]
+            params.seqlen_offset += 1
+            params.lengths_per_sample += 1
+        for out, row in zip(outs, rows, strict=True):
+            torch.testing.assert_close(out, model(row), rtol=1e-4, atol=1e-5)
+        params = InferenceParams(max_seqlen=10, max_batch_size=4)
+        seq_idx = torch.zeros(1, 13, dtype=torch.int32, device=device)
+        with pytest.raises(ValueError, match="needs cu_seqlens"):
+            model(prompt, inference_params=params, seq_idx=seq_idx)
+        params = InferenceParams(max_seqlen=6, max_batch_size=4)
+        with pytest.raises(ValueError, match="room for 6 tokens, got a sequence of 7"):
+            model(prompt, inference_params=params, cu_seqlens=cu_seqlens)
+        with pytest.raises(RuntimeError, match="seq_idx must have shape"):
+            model(prompt, seq_idx=seq_idx[:, 1:])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 0)], ids=str)
+def test_empty_batches_and_sequences(model, device, shape):
+    hidden = torch.randn(*shape, 32, device=device)
+    index = torch.zeros(shape, dtype=torch.int32, device=device)
+    assert model(hidden).shape == model(hidden, seq_idx=index).shape == hidden.shape
+    if shape == (1, 0):
+        params = InferenceParams(max_seqlen=4, max_batch_size=2)
+        bounds = torch.zeros(3, dtype=torch.int32, device=device)
+        assert model(hidden, inference_params=params, cu_seqlens=bounds).shape == hidden.shape
+        assert not any(s.any() for s in params.key_value_memory_dict[0] if s is not None)
+
+
 def test_caches(device):
     model = MHA(32, 4, num_heads_kv=2, d_conv=3, layer_idx=5, dtype=torch.bfloat16, device=device)
     kv, conv = model.allocate_inference_cache(3, 10)

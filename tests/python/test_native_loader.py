@@ -136,12 +136,24 @@ def test_the_library_is_loaded_once():
     assert all(hasattr(torch.ops.mamba_native, name) for name in loader.OPERATIONS)
 
 
-def test_cuda_tensors_without_cuda_kernels_get_our_words():
+CALLS = {
+    "causal_conv1d_varlen_states": (torch.zeros(3, 2), torch.tensor([0, 3]), 2),
+    "ssd_forward": (
+        *(torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2), torch.zeros(2)),
+        *(torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4), None, None, None, None),
+        *(True, 0.0, 1.0, None, 0, False, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_cuda_tensors_without_cuda_kernels_get_our_words(name):
     from mamba_ssm.native import ops
 
-    operation = ops.causal_conv1d_varlen_states
-    if not loader.refuses_cuda():
+    operation = getattr(ops, name)
+    if not loader.refuses_cuda(name):
         pytest.skip("this library has CUDA kernels")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(loader.NativeError, match="no CUDA kernels.*Found.*Expected.*To do.*CPU"):
-        operation.redispatch(keys, torch.zeros(3, 2), torch.tensor([0, 3]), 2)
+    expected = f"no CUDA kernels for {name}.*Found.*Expected.*To do.*CPU"
+    with pytest.raises(loader.NativeError, match=expected):
+        operation.redispatch(keys, *CALLS[name])

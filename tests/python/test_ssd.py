@@ -469,7 +469,12 @@ def test_errors():
     assert "A must have shape (4)" in message(A=t["A"][1:])
     assert "groups of B" in message(B=t["B"].repeat(1, 1, 3, 1)[:, :, :3])
     assert "dt_limit must be (smallest, largest)" in message(dt_limit=(1.0, 0.0))
-    assert "seq_idx must have shape (2, 70)" in message(seq_idx=torch.zeros(2, 69))
+    ids = torch.zeros(2, 69)
+    assert "seq_idx must be int32 or int64" in message(seq_idx=ids)
+    assert "seq_idx must have shape (2, 70)" in message(seq_idx=ids.int())
+    assert "cu_seqlens must be a tensor, got list" in message(
+        TypeError, **one, return_varlen_states=True, cu_seqlens=[0, 70]
+    )
 
 
 # ---- torch's own machinery ----

@@ -296,6 +296,15 @@ def test_forward_and_backward_agree_with_the_slow_path(family, mode, device, tok
     assert_equal(fast, expected)
 
 
+@pytest.mark.gpu
+def test_the_gpu_agrees_with_the_cpu(family):
+    tokens = torch.randint(3, VOCABULARY, (2, 11))
+    model = build(family, modeling(family), "cpu").eval()
+    expected = train(model, tokens)
+    got = train(model.to("cuda"), tokens.to("cuda"))
+    assert_equal([t if t is None else t.cpu() for t in got], expected)
+
+
 def test_falcon_mamba_trains_with_delta_normalised_after_its_projection(
     device, tokens, slow, monkeypatch
 ):

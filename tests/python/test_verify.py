@@ -39,6 +39,7 @@ def test_the_scripts_of_the_field_are_checked():
     assert shapes["Mamba(d_model=64, d_state=16, d_conv=4, expand=2)"] == (2, 128, 64)
     assert shapes["Mamba(d_model=512)"] == (1, 100, 512)
     assert shapes["Mamba2(d_model=512)"] == (1, 1024, 512)
+    assert shapes["BiMamba2(d_model=64)"] == (1, 15360, 64)
 
 
 def test_every_layer_agrees(device, tiny_checks, tmp_path, capsys):

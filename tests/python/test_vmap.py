@@ -11,9 +11,11 @@ from mamba_ssm.ops.causal_conv1d import (
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch.utils._python_dispatch import TorchDispatchMode
 
 V, B, D, L, N, G, W = 3, 2, 4, 7, 5, 2, 3
+P = 6  # channels of a head of the chunked scan, which has D heads
 
 
 def scan(u, delta, A, B, C, D, z, delta_bias, initial_state):
@@ -29,6 +31,28 @@ def complex_scan(u, delta, A, B, C, D, z, delta_bias, initial_state):
     C = torch.complex(C, C.sin()) if C.dim() == 2 else C
     out, last_state = scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
     return out, torch.view_as_real(last_state)
+
+
+def chunked_scan(x, dt, A, B, C, D, z, dt_bias, initial_states=None, reverse=False):
+    return mamba_chunk_scan_combined(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size=4,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        dt_softplus=True,
+        return_final_states=True,
+        reverse=reverse,
+    )
+
+
+def reverse_chunked_scan(*arguments):
+    return chunked_scan(*arguments, reverse=True)
 
 
 def conv(x, weight, bias, initial_states):
@@ -53,6 +77,17 @@ SCAN = {
     "initial_state": (B, D, N),
 }
 COMPLEX = SCAN | {"B": (B, G, N, 2 * L), "C": (B, G, N, 2 * L)}
+CHUNKED = {
+    "x": (B, L, D, P),
+    "dt": (B, L, D),
+    "A": (D,),
+    "B": (B, L, G, N),
+    "C": (B, L, G, N),
+    "D": (D,),
+    "z": (B, L, D, P),
+    "dt_bias": (D,),
+    "initial_states": (B, D, P, N),
+}
 CONV = {"x": (B, D, L), "weight": (D, W), "bias": (D,), "initial_states": (B, D, W - 1)}
 NORM = {"x": (B, 6), "weight": (6,), "bias": (6,), "residual": (B, 6)}
 # name: (function, shapes, how many calls of the forward operation a mapped one takes)
@@ -66,6 +101,12 @@ CASES = {
     "complex_scan_batch": (complex_scan, COMPLEX, "u delta B C z initial_state", 1),
     "complex_scan_all": (complex_scan, COMPLEX, " ".join(COMPLEX), 1),
     "complex_scan_static_C": (complex_scan, COMPLEX | {"C": (D, N)}, "u C", 1),
+    "chunked_scan_batch": (chunked_scan, CHUNKED, "x dt B C z initial_states", 1),
+    "chunked_scan_one_input": (chunked_scan, CHUNKED, "x", 1),
+    "chunked_scan_parameters": (chunked_scan, CHUNKED, "A D dt_bias", 1),
+    "chunked_scan_all": (chunked_scan, CHUNKED, " ".join(CHUNKED), 1),
+    "chunked_scan_D_per_channel": (chunked_scan, CHUNKED | {"D": (D, P)}, "x D", 1),
+    "reverse_chunked_scan": (reverse_chunked_scan, dict(list(CHUNKED.items())[:8]), "x dt B C", 1),
     "conv_batch": (conv, CONV, "x initial_states", 1),
     "conv_parameters": (conv, CONV, "weight bias", 1),
     "conv_all": (conv, CONV, " ".join(CONV), 1),
@@ -219,6 +260,38 @@ def test_steps_change_the_mapped_states(device):
         assert state.any() and torch.equal(state, expected)
 
 
+CHUNKED_ROW = {
+    "x": (1, 9, D, P),
+    "dt": (1, 9, D),
+    "A": (D,),
+    "B": (1, 9, G, N),
+    "C": (1, 9, G, N),
+}
+
+
+@pytest.mark.parametrize("mapped", ["x dt B C", "A", "x"])
+@pytest.mark.parametrize("how", ["cu_seqlens", "seq_idx"])
+def test_packed_chunked_scans(device, how, mapped):
+    """States for each sequence where cu_seqlens bounds them, for each row otherwise."""
+    packing = {
+        "cu_seqlens": {"cu_seqlens": [0, 4, 4, 9]},
+        "seq_idx": {"seq_idx": [[0, 0, 0, 0, 1, 1, 1, 1, 1]]},
+    }[how]
+    packing = {n: torch.tensor(v, dtype=torch.int32, device=device) for n, v in packing.items()}
+    wanted = "return_varlen_states" if how == "cu_seqlens" else "return_final_states"
+
+    def scan(*tensors):
+        return mamba_chunk_scan_combined(*tensors, 4, dt_softplus=True, **packing, **{wanted: True})
+
+    tensors, in_dims = draw(CHUNKED_ROW, mapped.split(), device)
+    got = torch.func.vmap(scan, in_dims)(*tensors)
+    for i in range(V):
+        expected = scan(*pick(tensors, in_dims, i))
+        assert expected[1].shape[0] == (3 if how == "cu_seqlens" else 1)
+        for one, other in zip(got, expected, strict=True):
+            assert_close(one[i], other)
+
+
 def test_a_state_that_is_not_mapped_cannot_be_changed(device):
     x, state = torch.randn(V, B, D, device=device), torch.zeros(B, D, W, device=device)
     with pytest.raises(RuntimeError, match="conv_state is changed in place"):
@@ -250,9 +323,14 @@ def test_dropout_of_a_mapped_norm_is_refused_or_drawn_as_vmap_is_told(device):
     assert not torch.equal(different[0], different[1])
 
 
-def test_a_mapped_scan_compiles(device):
+@pytest.mark.parametrize(
+    "function, shapes, names",
+    [(scan, SCAN, "u delta B C z"), (chunked_scan, CHUNKED, "x dt B C z")],
+    ids=["scan", "chunked_scan"],
+)
+def test_a_mapped_scan_compiles(device, function, shapes, names):
     """The transform is traced, and the operation's rule with it."""
-    tensors, in_dims = draw(SCAN, ["u", "delta", "B", "C", "z"], device)
-    mapped = torch.func.vmap(scan, in_dims)
+    tensors, in_dims = draw(shapes, names.split(), device)
+    mapped = torch.func.vmap(function, in_dims)
     compiled = torch.compile(mapped, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), mapped(*tensors))

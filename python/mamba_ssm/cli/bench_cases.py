@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CONV_WIDTH = 4
-CHECKPOINT_INTERVAL = 256  # steps between the states that the scan stores for its backward
+CHECKPOINT_INTERVAL = 256  # steps between the states that a scan stores for its backward
+SSD_CHUNK = 64  # steps whose products with each other a GPU's tensor cores compute
 
 # Vector instructions of one exp on a CPU: range reduction, polynomial, scaling. GPUs have a unit.
 CPU_EXP_SLOTS = 10
@@ -12,7 +13,7 @@ CPU_EXP_SLOTS = 10
 
 @dataclass(frozen=True)
 class Case:
-    op: str  # selective_scan, causal_conv1d, causal_conv1d_update, state_update or layer_norm
+    op: str  # one of bench.OPERATIONS
     direction: str  # fwd, bwd
     dtype: str
     batch: int
@@ -21,10 +22,12 @@ class Case:
     states: int = 0  # of the scan and the state update
     # Of the convolution: bdl (time contiguous) or bld (channels contiguous); of a scan: complex A.
     layout: str = ""
+    headdim: int = 0  # channels of a head, of Mamba-2's operations, which have one group
 
     @property
     def name(self):
-        sizes = f"B{self.batch}D{self.dim}"
+        channels = f"H{self.dim // self.headdim}P{self.headdim}" if self.headdim else f"D{self.dim}"
+        sizes = f"B{self.batch}{channels}"
         sizes += f"L{self.length}" if self.length > 1 else ""
         sizes += f"N{self.states}" if self.states else ""
         return "/".join(filter(None, (self.op, self.dtype, self.layout, sizes, self.direction)))
@@ -34,9 +37,9 @@ class Case:
 
         Autograd's memory traffic through the scan's formula grows with the square of the length.
         """
-        if self.op != "selective_scan":
+        if self.op not in ("selective_scan", "ssd", "split_conv"):
             return self
-        longest = 128 if self.direction == "bwd" else 2048
+        longest = 128 if self.op == "selective_scan" and self.direction == "bwd" else 2048
         return replace(self, batch=1, dim=min(self.dim, 1536), length=min(self.length, longest))
 
 
@@ -83,11 +86,38 @@ def _work_per_element(case):
         return (3 * s, 2, 3 * W, 3 * W) if backward else (2 * s, 2, W, W)
     if case.op == "causal_conv1d_update":  # W - 1 inputs of the past in and out, x in, out out
         return 2 * W * s, 2, W, W
+    if case.op in ("ssd", "split_conv"):
+        return _work_of_heads(case)
+    if case.op == "state_update" and case.headdim:  # the state in and out; A and dt are a head's
+        return 2 * N * s, 2 + 3 / case.headdim, 3 * N, 3 * N + 40
     if case.op == "state_update":  # the state in and out
         return 2 * N * s, N + 4, 4 * N, 5.5 * N + 40
     # layer_norm with a float32 residual: x and residual in, y and residual out; backward dy, the
     # sum and the residual's gradient in, dx and the residual's gradient out.
     return 2 * s + (12 if backward else 8), 0, 4, 4
+
+
+def _work_of_heads(case):
+    """The chunked scan of Mamba-2, without z; and with the convolution before it and the gated norm behind it.
+
+    Products are the tensor cores' on a GPU; its slots are those of the decays between the steps of a chunk.
+    """
+    s, N, P = BYTES[case.dtype], case.states, case.headdim
+    shared = s / P + 2 * s * N / case.dim  # dt of a head; B and C of all heads
+    scan_exps, scan_slots = 3 / P, 8 * SSD_CHUNK / 2 / P  # softplus and decay of a head
+    backward = case.direction == "bwd"
+    if case.op == "ssd":  # x in, out out; backward x, dout and the states in, dx out
+        if backward:
+            moved = 3 * s + 2 * shared + 4 * N / CHECKPOINT_INTERVAL
+            return moved, scan_exps, 5 * N, 2 * scan_slots
+        return 2 * s + shared, scan_exps, 2 * N, scan_slots
+    # x and z in, out out, silu of the convolution and of z. A training step, whose backward runs
+    # the forward again: x, z and dout in, dx and dz out.
+    channels = 1 + 2 * N / case.dim  # of the convolution, for each of the scan's
+    exps, arithmetic = scan_exps + 2 * channels + 2, 2 * N + CONV_WIDTH * channels + 8
+    if backward:
+        return 8 * s + 3 * shared, 3 * exps, 3 * arithmetic + 5 * N, 4 * scan_slots
+    return 3 * s + shared, exps, arithmetic, scan_slots
 
 
 def floor(case, machine):
@@ -118,6 +148,8 @@ def gpu_cases(dtypes):
         (1, 1536, 2048, 64),
     )
     convolutions = ((1, 1536, 2048), (8, 1536, 2048), (8, 5120, 2048), (1, 5120, 8192))
+    # A layer of mamba2-130m and of mamba2-2.7b.
+    chunked = ((1, 1536, 2048), (1, 5120, 2048), (8, 5120, 2048), (1, 5120, 32768))
     both = ("fwd", "bwd")
     cases = []
     for dtype in dtypes:
@@ -128,12 +160,18 @@ def gpu_cases(dtypes):
                 cases += [Case("causal_conv1d", d, dtype, *sizes, layout=layout) for d in both]
         cases.append(Case("causal_conv1d_update", "fwd", dtype, 1, 5120))
         cases.append(Case("state_update", "fwd", dtype, 1, 5120, states=16))
+        cases += [
+            Case("state_update", "fwd", dtype, batch, 5120, states=128, headdim=64)
+            for batch in (16, 64, 256)
+        ]
+        for op, shapes in (("ssd", chunked), ("split_conv", chunked[::2])):
+            cases += [Case(op, d, dtype, *sizes, 128, headdim=64) for sizes in shapes for d in both]
         cases += [Case("layer_norm", d, dtype, 1, 2560, 16384) for d in both]
     return cases
 
 
 def cpu_cases(dtypes):
-    """One layer of mamba-130m on one core."""
+    """One layer of mamba-130m and one of mamba2-130m on one core."""
     both = ("fwd", "bwd")
     cases = []
     for dtype in dtypes:
@@ -144,6 +182,9 @@ def cpu_cases(dtypes):
             cases += [Case("causal_conv1d", d, dtype, 1, 1536, 2048, layout=layout) for d in both]
         cases.append(Case("causal_conv1d_update", "fwd", dtype, 1, 1536))
         cases.append(Case("state_update", "fwd", dtype, 1, 1536, states=16))
+        cases.append(Case("state_update", "fwd", dtype, 1, 1536, states=128, headdim=64))
+        for op in ("ssd", "split_conv"):
+            cases += [Case(op, d, dtype, 1, 1536, 2048, 128, headdim=64) for d in both]
         cases += [Case("layer_norm", d, dtype, 1, 768, 2048) for d in both]
     return cases
 
@@ -151,6 +192,7 @@ def cpu_cases(dtypes):
 # Microseconds of mamba_ssm 2.3.2.post1 and causal_conv1d 1.6.1 on one NVIDIA H200 (sm_90, CUDA
 # events, launched from Python: rows below 60 us are mostly launch overhead). The shapes of the two
 # one-token rows were not recorded; D5120 stands for them, as launch overhead is all they show.
+# Rows of heads (H...P...) are the kernels' own time.
 UPSTREAM_MACHINE = "NVIDIA H200"
 UPSTREAM = {
     "selective_scan/bfloat16/B1D1536L2048N16/fwd": 81.2,
@@ -216,6 +258,13 @@ UPSTREAM = {
     "causal_conv1d/float32/bld/B1D5120L8192/fwd": 104.9,
     "causal_conv1d/float32/bld/B1D5120L8192/bwd": 181.8,
     "state_update/bfloat16/B1D5120N16/fwd": 167.4,
+    "state_update/bfloat16/B16H80P64N128/fwd": 25.0,
+    "state_update/bfloat16/B64H80P64N128/fwd": 97.0,
+    "state_update/bfloat16/B256H80P64N128/fwd": 382.0,
+    "ssd/bfloat16/B1H80P64L2048N128/fwd": 100.0,
+    "ssd/bfloat16/B8H80P64L2048N128/fwd": 687.0,
+    "ssd/bfloat16/B8H80P64L2048N128/bwd": 2346.0,
+    "ssd/bfloat16/B1H80P64L32768N128/fwd": 1451.0,
     "causal_conv1d_update/bfloat16/B1D5120/fwd": 46.2,
     "layer_norm/bfloat16/B1D2560L16384/fwd": 122.0,
     "layer_norm/bfloat16/B1D2560L16384/bwd": 250.0,

@@ -6,13 +6,18 @@ from functools import partial
 
 import torch
 
-from mamba_ssm.cli.bench_cases import CONV_WIDTH, Machine
+from mamba_ssm.cli.bench_cases import CONV_WIDTH, SSD_CHUNK, Machine
 from mamba_ssm.native import ops
 from mamba_ssm.native.selective_scan import as_parts
 from mamba_ssm.ops import causal_conv1d as conv
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import rms_norm_ref
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update_ref
+from mamba_ssm.ops.triton.ssd_combined import (
+    mamba_chunk_scan,
+    mamba_split_conv1d_scan_combined,
+    mamba_split_conv1d_scan_ref,
+)
 
 REPEATS = 20  # timings whose median counts
 CPU_SECONDS = 2.0  # a CPU case stops at MINIMUM_REPEATS when it has taken that long
@@ -58,6 +63,45 @@ class _Random:
             "delta_bias": self.normal(D, dtype=torch.float32) * 0.1,
         }
 
+    def heads(self):
+        """Of a row of A, D and dt_bias for each head."""
+        count = self.case.dim // self.case.headdim
+        return {
+            "A": -torch.linspace(1, 16, count, device=self.device),
+            "D": self.normal(count, dtype=torch.float32),
+            "dt_bias": self.normal(count, dtype=torch.float32) * 0.1,
+        }
+
+    def chunked_scan(self):
+        c = self.case
+        steps, parameters = (c.batch, c.length), self.heads()
+        return {
+            "x": self.normal(*steps, len(parameters["A"]), c.headdim),
+            "dt": self.step_size(*steps, len(parameters["A"])),
+            "A": parameters["A"],
+            "B": self.normal(*steps, 1, c.states),
+            "C": self.normal(*steps, 1, c.states),
+            "D": parameters["D"],
+            "dt_bias": parameters["dt_bias"],
+        }
+
+    def split(self):
+        """What a layer has between its two projections."""
+        c, parameters = self.case, self.heads()
+        channels = c.dim + 2 * c.states
+        steps = (c.batch, c.length)
+        activations = [
+            self.normal(*steps, c.dim + channels),
+            self.step_size(*steps, len(parameters["A"])),
+        ]
+        return {
+            "zxbcdt": torch.cat(activations, dim=-1),
+            "conv1d_weight": self.normal(channels, CONV_WIDTH),
+            "conv1d_bias": self.normal(channels),
+            **parameters,
+            "rmsnorm_weight": self.normal(c.dim),
+        }
+
     def sequence(self):
         """(B, D, L) in the case's layout."""
         c = self.case
@@ -94,6 +138,20 @@ def native_call(case, device):
         state = random.normal(case.batch, case.dim, CONV_WIDTH)
         taps = random.filter().values()
         return lambda: ops.causal_conv1d_update(x, state, *taps, True, None, None)
+    if case.op == "ssd":
+        *inputs, bias = random.chunked_scan().values()
+        options = (True, 0.0, float("inf"), None, 0, False)
+        inputs = (*inputs, None, bias, None)
+        if case.direction == "fwd":
+            return lambda: ops.ssd_forward(*inputs, *options, False)
+        checkpoints = ops.ssd_forward(*inputs, *options, True)[2]
+        dout = torch.randn_like(inputs[0])
+        return lambda: ops.ssd_backward(dout, None, *inputs, checkpoints, *options, False)
+    if case.op == "split_conv":
+        return _split_call(mamba_split_conv1d_scan_combined, case, random)
+    if case.op == "state_update" and case.headdim:
+        inputs = _headed_update_inputs(case, random)
+        return lambda: ops.selective_state_update(*inputs, True, None)
     if case.op == "state_update":
         inputs = [t.unsqueeze(1) if t is not None else t for t in _update_inputs(case, random)]
         state, x, dt, A, B, C, D, z, bias = inputs
@@ -117,8 +175,34 @@ def _update_inputs(case, random):
     return state, u, dt, scan["A"], B, C, scan["D"], z, scan["delta_bias"]
 
 
+def _headed_update_inputs(case, random):
+    """As a Mamba-2 layer gives them: A, dt, D and dt_bias of a head spread over its channels."""
+    scan, heads = random.chunked_scan(), (case.dim // case.headdim, case.headdim)
+    state = random.normal(case.batch, *heads, case.states)
+    x, dt, B, C = (scan[name].squeeze(1) for name in ("x", "dt", "B", "C"))
+    A = scan["A"][:, None, None].expand(*heads, case.states)
+    D, bias = (scan[name][:, None].expand(heads) for name in ("D", "dt_bias"))
+    dt = dt.unsqueeze(-1).expand(x.shape)
+    return state, x, dt, A, B, C, D, torch.randn_like(x), bias
+
+
+def _split_call(function, case, random):
+    inputs = random.split()
+    options = {"headdim": case.headdim, "chunk_size": SSD_CHUNK, "norm_before_gate": False}
+    if case.direction == "fwd":
+        return lambda: function(**inputs, **options)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    dout = random.normal(case.batch, case.length, case.dim)
+
+    def train():
+        with torch.enable_grad():
+            return torch.autograd.grad(function(**leaves, **options), [*leaves.values()], dout)
+
+    return train
+
+
 def reference_call(case, device):
-    """The same in plain PyTorch; a backward case runs autograd over the formula's graph."""
+    """The same in plain PyTorch; a backward case runs autograd over the formula's graph, that of split_conv both."""
     random = _Random(case, device)
     if case.op == "selective_scan":
         inputs = random.scan()
@@ -134,8 +218,13 @@ def reference_call(case, device):
             **random.filter(),
         }
         formula = partial(conv.causal_conv1d_update_ref, activation="silu")
+    elif case.op == "ssd":
+        inputs = random.chunked_scan()
+        formula = partial(mamba_chunk_scan, chunk_size=SSD_CHUNK, dt_softplus=True)
+    elif case.op == "split_conv":
+        return _split_call(mamba_split_conv1d_scan_ref, case, random)
     elif case.op == "state_update":
-        inputs = _update_inputs(case, random)
+        inputs = (_headed_update_inputs if case.headdim else _update_inputs)(case, random)
         return lambda: selective_state_update_ref(*inputs, dt_softplus=True)
     else:
         inputs = {

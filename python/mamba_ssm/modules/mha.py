@@ -5,7 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from mamba_ssm.modules.cache import states_of_layer
-from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm.native.arguments import check_shapes
+from mamba_ssm.ops.causal_conv1d import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    causal_conv1d_varlen_states,
+)
+from mamba_ssm.ops.sequences import sequence_of_steps
 
 
 def rotate(x, positions, dim, base=10000.0, interleaved=False):
@@ -104,30 +110,46 @@ class MHA(nn.Module):
         conv_state = torch.zeros(conv_shape, **options) if self.d_conv > 0 else None
         return torch.zeros(kv_shape, **options), conv_state
 
-    def forward(self, x, inference_params=None):
+    def forward(self, x, inference_params=None, seq_idx=None, cu_seqlens=None):
         """(B, L, embed_dim) -> (B, L, embed_dim); with inference_params the cache is written or continued.
 
         Positions go on from inference_params.seqlen_offset, or where lengths_per_sample (B) is set, from those.
+        Sequences packed behind each other do not see each other, and the positions of each begin at 0. seq_idx: (B, L)
+        int32, the sequence of each token; cu_seqlens: (S + 1) int32 or int64, batch 1, where they begin and the last one
+        ends; either is enough. A prompt with inference_params takes cu_seqlens, and the cache has a row for each sequence;
+        decoding goes on from there with lengths_per_sample.
         """
         batch, length, _ = x.shape
         kv_cache = conv_state = lengths = None
         offset = 0
+        packed = seq_idx is not None or cu_seqlens is not None
         if inference_params is not None:
-            kv_cache, conv_state = states_of_layer(self, inference_params, batch)
             offset = inference_params.seqlen_offset
+            if packed and cu_seqlens is None:
+                raise ValueError(
+                    "a cache has a row for each packed sequence: MHA needs cu_seqlens beside "
+                    "seq_idx and inference_params, got None"
+                )
+            rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+            kv_cache, conv_state = states_of_layer(self, inference_params, rows)
+            packed = packed and offset == 0  # rows of the cache are a batch as any other
             if offset > 0:
                 lengths = inference_params.lengths_per_sample
-            if lengths is None and offset + length > kv_cache.shape[1]:
+            if lengths is None and not packed and offset + length > kv_cache.shape[1]:
                 raise ValueError(
                     f"the cache has room for {kv_cache.shape[1]} tokens, got {length} after {offset}"
                 )
         positions = torch.arange(offset, offset + length, device=x.device).unsqueeze(0)
         if lengths is not None:  # on the device, so that a graph reads them anew
             positions = lengths.long().unsqueeze(1) + positions - offset
+        mask = None
+        if packed:
+            seq_idx, positions, mask = self._sequences(x, seq_idx, cu_seqlens)
 
         qkv, mlp = self.in_proj(x).split([self.qkv_dim, self.mlp_dim], dim=-1)
         if self.d_conv > 0:
-            qkv = self._convolve(qkv.transpose(1, 2), conv_state, offset).transpose(1, 2)
+            packing = (seq_idx, cu_seqlens) if packed else (None, None)
+            qkv = self._convolve(qkv.transpose(1, 2), conv_state, offset, *packing).transpose(1, 2)
         q, kv = qkv.split([self.q_dim, self.qkv_dim - self.q_dim], dim=-1)
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
         kv = kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
@@ -135,8 +157,9 @@ class MHA(nn.Module):
             k, v = kv.unbind(2)
             q, k = self._rotate(q, positions), self._rotate(k, positions)
             kv = torch.stack((k, v), dim=2)
-        mask = None
-        if kv_cache is not None:
+        if kv_cache is not None and packed:
+            self._store_sequences(kv_cache, kv, cu_seqlens)
+        elif kv_cache is not None:
             kv, mask = self._continue(kv_cache, kv, positions, offset, lengths)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -161,15 +184,47 @@ class MHA(nn.Module):
             self.rotary_emb_interleaved,
         )
 
-    def _convolve(self, qkv, conv_state, offset):
+    def _sequences(self, x, seq_idx, cu_seqlens):
+        """Packed tokens: (number of the sequence, position in it), both (B, L), and the mask (B, 1, L, L)."""
+        batch, length, _ = x.shape
+        if seq_idx is None:
+            seq_idx, _ = sequence_of_steps("MHA", cu_seqlens, batch, length, x.device)
+        check_shapes("MHA", [("seq_idx", seq_idx, (batch, length))])
+        steps = torch.arange(length, device=x.device)
+        begins = torch.zeros_like(seq_idx, dtype=torch.bool)
+        begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        numbers = begins.cumsum(1, dtype=torch.int32)
+        positions = steps - torch.where(begins, steps, 0).cummax(1).values
+        mask = numbers.unsqueeze(2) == numbers.unsqueeze(1)
+        if self.causal:
+            mask = mask & (steps <= steps.unsqueeze(1))
+        return numbers, positions, mask.unsqueeze(1)
+
+    def _convolve(self, qkv, conv_state, offset, seq_idx, cu_seqlens):
         """(B, qkv_dim, L); the state keeps what comes in, not what comes out."""
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if offset > 0:
             out = causal_conv1d_update(qkv.to(conv_state.dtype), conv_state, weight, bias)
             return out.to(qkv.dtype)
-        if conv_state is not None:
+        if conv_state is not None and cu_seqlens is not None:
+            tokens = qkv.squeeze(0).transpose(0, 1)
+            conv_state.copy_(causal_conv1d_varlen_states(tokens, cu_seqlens, self.d_conv))
+        elif conv_state is not None:
             conv_state.copy_(F.pad(qkv, (self.d_conv - qkv.shape[2], 0)))
-        return causal_conv1d_fn(qkv, weight, bias)
+        return causal_conv1d_fn(qkv, weight, bias, seq_idx=seq_idx)
+
+    def _store_sequences(self, kv_cache, kv, cu_seqlens):
+        """Each sequence of a packed prompt into its row of the cache."""
+        room, length = kv_cache.shape[1], kv.shape[1]
+        bounds = cu_seqlens.to(kv.device, torch.long)
+        if length > room and (longest := bounds.diff().max().item()) > room:
+            raise ValueError(f"the cache has room for {room} tokens, got a sequence of {longest}")
+        if length == 0:
+            kv_cache.zero_()
+            return
+        steps = bounds[:-1, None] + torch.arange(room, device=kv.device)
+        inside = (steps < bounds[1:, None])[..., None, None, None]
+        kv_cache.copy_(torch.where(inside, kv[0, steps.clamp(max=length - 1)], 0))
 
     def _continue(self, kv_cache, kv, positions, offset, lengths):
         """Stores keys and values; returns those to attend to, and the mask (B or 1, 1, L, keys) or None."""

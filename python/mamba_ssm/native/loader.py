@@ -125,30 +125,42 @@ def _version():
 
 
 _refusals = None  # a torch.library.Library: its registrations last as long as it does
+_refused = ()
 
 
-def refuses_cuda():
-    """Whether the loaded library has no CUDA kernels."""
-    return _refusals is not None
+def refuses_cuda(name=OPERATIONS[0]):
+    """Whether the loaded library has no CUDA kernels for the operation."""
+    return name in _refused
 
 
 def _refuse_cuda_without_kernels(torch, path):
     """Replaces the dispatcher's words about a missing CUDA kernel by ours."""
-    global _refusals
+    global _refusals, _refused
 
-    def refuse(*args, **kwargs):
-        raise NativeError(
-            f"mamba_ssm got CUDA tensors, but its native library has no CUDA kernels. Found: {path}. Expected: "
-            f"{NAMESPACE}_cu{(torch.version.cuda or '13').split('.')[0]}. To do: install the wheel with "
-            f"CUDA or build with MAMBA_CUDA=ON; or move model and tensors to the CPU, where every operation runs."
-        )
+    def refusal(name):
+        def refuse(*args, **kwargs):
+            cure = "move model and tensors to the CPU, where every operation runs"
+            if refuses_cuda():  # the first one, and so all
+                cure = f"install the wheel with CUDA or build with MAMBA_CUDA=ON; or {cure}"
+            raise NativeError(
+                f"mamba_ssm got CUDA tensors, but its native library has no CUDA kernels for {name}. "
+                f"Found: {path}. Expected: a {NAMESPACE}_cu{(torch.version.cuda or '13').split('.')[0]} "
+                f"that has them. To do: {cure}."
+            )
+
+        return refuse
 
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not has_kernel(f"{NAMESPACE}::{OPERATIONS[0]}", "CUDA"):
+    _refused = tuple(
+        name
+        for name in OPERATIONS
+        if name != "native_info"  # takes no tensor
+        and not has_kernel(f"{NAMESPACE}::{name}", "CUDA")
+    )
+    if _refused:
         _refusals = torch.library.Library(NAMESPACE, "FRAGMENT")
-        for name in OPERATIONS:
-            if name != "native_info":  # takes no tensor
-                _refusals.impl(name, refuse, "CUDA")
+    for name in _refused:
+        _refusals.impl(name, refusal(name), "CUDA")
 
 
 def operation(name, fake, setup_context=None, backward=None):

@@ -7,8 +7,8 @@ wanted for each sample, it is more channels. What joins neither runs in a loop, 
 import torch
 
 # Axes of tensor arguments and results, one letter each; alternatives are told apart by their rank.
-# b: batch, d: channels, g: groups of channels, r: rows; others never take the mapped dimension in.
-# p: the parts of complex numbers.
+# b: batch, d: channels or heads, g: groups of them, r: rows; others never take the mapped dimension in.
+# p: the parts of complex numbers, or the channels of a head.
 _SHAPES = {
     "selective_scan_forward": (
         "u:bdl delta:bdl A:dn|dnp B:dn|bgnl|dnp|bgnlp C:dn|bgnl|dnp|bgnlp D:d z:bdl delta_bias:d "
@@ -27,6 +27,15 @@ _SHAPES = {
     "causal_conv1d_backward": (
         "dout:bdl dfinal_states:bdw x:bdl weight:dw bias:d seq_idx:bl initial_states:bdw",
         "bdl dw d bdw",
+    ),
+    "ssd_forward": (
+        "x:bldp dt:bld A:d B:blgn C:blgn D:d|dp z:bldp dt_bias:d initial_states:bdpn seq_idx:bl",
+        "bldp bdpn bkdpn",
+    ),
+    "ssd_backward": (
+        "dout:bldp dlast_states:bdpn x:bldp dt:bld A:d B:blgn C:blgn D:d|dp z:bldp dt_bias:d "
+        "initial_states:bdpn checkpoints:bkdpn seq_idx:bl",
+        "bldp bld d blgn blgn d|dp bldp d bdpn",
     ),
     "layer_norm_forward": ("x:rn weight:n bias:n residual:rn", "rn rn r r"),
 }

@@ -9,6 +9,8 @@ def sequence_of_steps(name, cu_seqlens, batch, length, device):
     cu_seqlens: (S + 1) int32 or int64, batch 1. `name` is the function that errors speak of. What the bounds must be
     is checked on the CPU only, where reading them is free.
     """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"{name}: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or batch != 1:
         raise ValueError(
             f"{name}: cu_seqlens must have shape (sequences + 1) with batch 1, "

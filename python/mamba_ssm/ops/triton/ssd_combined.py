@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mamba_ssm._lazy import attach
 from mamba_ssm.native import ssd as native
 from mamba_ssm.native import vmap
+from mamba_ssm.native.arguments import check_tensor, to_int32
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.sequences import sequence_of_steps
 from mamba_ssm.ops.triton.ssd_chunk_scan import chunk_scan
@@ -30,10 +31,37 @@ class MambaChunkScanCombinedFn(torch.autograd.Function):
 
 def _scan(*inputs):
     """(out, last_states) of `native.ssd_forward`'s arguments but the last: checkpoints only for a backward."""
-    differentiable = any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+    tensors = (t for t in inputs if isinstance(t, torch.Tensor))
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if vmap.through_dispatcher():
-        return vmap.call(native.ssd_forward, *inputs, True)[:2]
-    return MambaChunkScanCombinedFn.apply(*inputs, differentiable and torch.is_grad_enabled())
+        # Within torch.func's transforms a tensor need not show that a gradient of it is wanted.
+        checkpoints = differentiable or not torch.compiler.is_compiling()
+        return vmap.call(native.ssd_forward, *inputs, checkpoints)[:2]
+    return MambaChunkScanCombinedFn.apply(*inputs, differentiable)
+
+
+def _check(op, x, dt, A, B, C, D, z, dt_bias, initial_states):
+    """What Python reads or converts before the operation checks the rest."""
+    channels, groups = "batch, length, heads, headdim", "batch, length, groups, d_state"
+    skip = "heads, headdim" if isinstance(D, torch.Tensor) and D.dim() == 2 else "heads"
+    required = (
+        ("x", x, channels),
+        ("dt", dt, "batch, length, heads"),
+        ("A", A, "heads"),
+        ("B", B, groups),
+        ("C", C, groups),
+    )
+    optional = (
+        ("D", D, skip),
+        ("z", z, channels),
+        ("dt_bias", dt_bias, "heads"),
+        ("initial_states", initial_states, "batch, heads, headdim, d_state"),
+    )
+    given = (argument for argument in optional if argument[1] is not None)
+    for name, tensor, axes in (*required, *given):
+        check_tensor(op, name, tensor, axes)
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"{op}: {name} must be of floating point, got {tensor.dtype}")
 
 
 def _rows_of_states(initial_states, rows):
@@ -78,14 +106,12 @@ def mamba_chunk_scan_combined(
     with return_varlen_states those after each sequence (S, H, P, N) in state_dtype (C's dtype when None); an empty
     sequence has its initial state. States are float32 inside. Everything is differentiable, with float32 sums.
     """
+    op = "mamba_chunk_scan_combined"
+    _check(op, x, dt, A, B, C, D, z, dt_bias, initial_states)
     if chunk_size < 1:
-        raise ValueError(
-            f"mamba_chunk_scan_combined: chunk_size must be at least 1, got {chunk_size}"
-        )
+        raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
     if return_varlen_states and cu_seqlens is None:
-        raise ValueError(
-            "mamba_chunk_scan_combined: return_varlen_states needs cu_seqlens, got None"
-        )
+        raise ValueError(f"{op}: return_varlen_states needs cu_seqlens, got None")
     wide = torch.promote_types(x.dtype, torch.float32)
     varlen_dtype = C.dtype if state_dtype is None else state_dtype
 
@@ -98,15 +124,15 @@ def mamba_chunk_scan_combined(
     A, D, dt_bias, initial_states = map(parameter, (A, D, dt_bias, initial_states))
     B, C, z = map(activation, (B, C, z))
     dt = dt if dt.dtype == x.dtype else parameter(dt)
-    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32)
+    seq_idx = to_int32(op, "seq_idx", seq_idx)
     count = rows = 0
     own_states = initial_states is not None and initial_states.shape[0] != x.shape[0]
     if return_varlen_states or (own_states and cu_seqlens is not None):
-        name, (batch, length) = "mamba_chunk_scan_combined", x.shape[:2]
-        seq_idx, count = sequence_of_steps(name, cu_seqlens, batch, length, x.device)
+        batch, length = x.shape[:2]
+        seq_idx, count = sequence_of_steps(op, cu_seqlens, batch, length, x.device)
         if own_states and initial_states.shape[0] != count:
             raise ValueError(
-                f"{name}: initial_states must have a row for the batch entry or for each of the {count} "
+                f"{op}: initial_states must have a row for the batch entry or for each of the {count} "
                 f"sequences, got shape {tuple(initial_states.shape)}"
             )
         rows = count + 1  # the last for the steps after all sequences
