@@ -28,6 +28,7 @@ _SHAPES = {
         "dout:bdl dfinal_states:bdw x:bdl weight:dw bias:d seq_idx:bl initial_states:bdw",
         "bdl dw d bdw",
     ),
+    "gated_norm_forward": ("x:rn weight:n bias:n z:rn", "rn gr gr"),
     "layer_norm_forward": ("x:rn weight:n bias:n residual:rn", "rn rn r r"),
 }
 _JOINS = ("b", "r", "dg")
