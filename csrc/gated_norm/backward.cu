@@ -119,7 +119,7 @@ __device__ __forceinline__ void load_statistics(const Backward& p, int group, st
 // What one vector of a row is made of.
 struct Parts {
   float xhat[kVector];
-  float dv[kVector];
+  float dy[kVector];
   float gate[kVector];   // silu(z), with a gate
   float slope[kVector];  // silu'(z), with a gate
 };
@@ -128,7 +128,7 @@ struct Parts {
 __device__ __forceinline__ void differentiate(const Backward& p, const Vector& x, const Vector& z,
                                               const Vector& dy, float mean, float rstd, Parts& to) {
   to_floats(x, p.x.dtype, to.xhat);
-  to_floats(dy, p.dy.dtype, to.dv);
+  to_floats(dy, p.dy.dtype, to.dy);
   if (p.gate != Gate::none) {
     to_floats(z, p.z.dtype, to.gate);
 #pragma unroll
@@ -148,11 +148,15 @@ __device__ __forceinline__ void differentiate(const Backward& p, const Vector& x
   }
 }
 
-// What needs no sum: y, and behind the norm dz and dv. `parts` holds dy for dv on entry.
+__device__ __forceinline__ float dv_of(const Backward& p, const Parts& parts, int i) {
+  return p.gate == Gate::after ? parts.dy[i] * parts.gate[i] : parts.dy[i];
+}
+
+// What needs no sum: y, and behind the norm dz.
 template <bool WHOLE>
 __device__ __forceinline__ void finish_output(const Backward& p, std::int64_t row, int column,
                                               int end, const float (&weight)[kVector],
-                                              Parts& parts) {
+                                              const Parts& parts) {
   if (p.gate != Gate::after && p.y.data == nullptr) {
     return;
   }
@@ -169,9 +173,8 @@ __device__ __forceinline__ void finish_output(const Backward& p, std::int64_t ro
     float dz[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      dz[i] = parts.dv[i] * v[i] * parts.slope[i];
+      dz[i] = parts.dy[i] * v[i] * parts.slope[i];
       v[i] *= parts.gate[i];
-      parts.dv[i] *= parts.gate[i];
     }
     store_columns<WHOLE>(p.dz, row, column, end, dz);
   }
@@ -246,10 +249,11 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
       }
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        column_sums[0][v][i] = fmaf(parts.dv[i], parts.xhat[i], column_sums[0][v][i]);
-        column_sums[1][v][i] += parts.dv[i];
+        const float dv = dv_of(p, parts, i);
+        column_sums[0][v][i] = fmaf(dv, parts.xhat[i], column_sums[0][v][i]);
+        column_sums[1][v][i] += dv;
         xhat[v][i] = parts.xhat[i];
-        g[v][i] = parts.dv[i] * weight[i];
+        g[v][i] = dv * weight[i];
         gate[v][i] = parts.gate[i];
         slope[v][i] = parts.slope[i];
         sums[0] = fmaf(xhat[v][i], g[v][i], sums[0]);
@@ -339,10 +343,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
           float g[kVector];
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
-            g[i] = parts.dv[i] * weight[i];
-            if (pass == 0 && p.gate == Gate::after) {
-              g[i] *= parts.gate[i];
-            }
+            g[i] = dv_of(p, parts, i) * weight[i];
             sums[0] = fmaf(parts.xhat[i], g[i], sums[0]);
             sums[1] += g[i];
           }
@@ -385,7 +386,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_columns(const Backwar
       differentiate(p, x, z, dy, value_of(p.mean, group, row), value_of(p.rstd, group, row), parts);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const float dv = p.gate == Gate::after ? parts.dv[i] * parts.gate[i] : parts.dv[i];
+        const float dv = dv_of(p, parts, i);
         column_sums[0][i] = fmaf(dv, parts.xhat[i], column_sums[0][i]);
         column_sums[1][i] += dv;
       }
@@ -451,14 +452,14 @@ void backward(const BackwardParams& params, const Plan& plan) {
               " features on CUDA, got ", params.x.size[1]);
   if (params.x.size[0] > 0) {
     Backward p;
-    p.dy = rows_of(params.dy);
-    p.x = rows_of(params.x);
-    p.weight = rows_of(params.weight);
-    p.bias = rows_of(params.bias);
-    p.z = rows_of(params.z);
-    p.dx = rows_of(params.dx);
-    p.dz = rows_of(params.dz);
-    p.y = rows_of(params.y);
+    p.dy = rows_of(params.dy, params.group_size);
+    p.x = rows_of(params.x, params.group_size);
+    p.weight = rows_of(params.weight, params.group_size);
+    p.bias = rows_of(params.bias, params.group_size);
+    p.z = rows_of(params.z, params.group_size);
+    p.dx = rows_of(params.dx, params.group_size);
+    p.dz = rows_of(params.dz, params.group_size);
+    p.y = rows_of(params.y, params.group_size);
     p.mean = statistics_of(params.mean);
     p.rstd = statistics_of(params.rstd);
     p.workspace = params.workspace.as<float>();

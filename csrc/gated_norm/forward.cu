@@ -241,11 +241,11 @@ void forward(const ForwardParams& params, const Plan& plan) {
   MAMBA_CHECK(params.x.size[1] <= kMaxFeatures, "gated_norm_forward: at most ", kMaxFeatures,
               " features on CUDA, got ", params.x.size[1]);
   Forward p;
-  p.x = rows_of(params.x);
-  p.weight = rows_of(params.weight);
-  p.bias = rows_of(params.bias);
-  p.z = rows_of(params.z);
-  p.y = rows_of(params.y);
+  p.x = rows_of(params.x, params.group_size);
+  p.weight = rows_of(params.weight, params.group_size);
+  p.bias = rows_of(params.bias, params.group_size);
+  p.z = rows_of(params.z, params.group_size);
+  p.y = rows_of(params.y, params.group_size);
   p.mean = params.mean.as<float>();
   p.rstd = params.rstd.as<float>();
   p.rows = params.x.size[0];

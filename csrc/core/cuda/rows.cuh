@@ -25,12 +25,13 @@ struct Rows {
   std::int64_t step = 1;  // between features
 };
 
-inline Rows rows_of(const TensorView& tensor) {
+// `part`: kernels read from its multiples on, not only from the row's first column.
+inline Rows rows_of(const TensorView& tensor, std::int64_t part = kVector) {
   Rows rows;
   if (tensor.present()) {
     rows.data = tensor.data;
     rows.dtype = tensor.dtype;
-    rows.vectorize = moves_vectors(tensor, kVector);
+    rows.vectorize = part % kVector == 0 && moves_vectors(tensor, kVector);
     rows.row_stride = tensor.dim == 2 ? tensor.stride[0] : 0;
     rows.step = tensor.stride[tensor.dim - 1];
   }

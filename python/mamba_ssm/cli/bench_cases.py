@@ -12,7 +12,8 @@ CPU_EXP_SLOTS = 10
 
 @dataclass(frozen=True)
 class Case:
-    op: str  # selective_scan, causal_conv1d, causal_conv1d_update, state_update or layer_norm
+    # selective_scan, causal_conv1d, causal_conv1d_update, state_update, layer_norm or gated_norm
+    op: str
     direction: str  # fwd, bwd
     dtype: str
     batch: int
@@ -85,6 +86,8 @@ def _work_per_element(case):
         return 2 * W * s, 2, W, W
     if case.op == "state_update":  # the state in and out
         return 2 * N * s, N + 4, 4 * N, 5.5 * N + 40
+    if case.op == "gated_norm":  # x, z in, y out; backward dy, x, z in, dx, dz out
+        return (5 * s, 2, 16, 18) if backward else (3 * s, 2, 7, 9)
     # layer_norm with a float32 residual: x and residual in, y and residual out; backward dy, the
     # sum and the residual's gradient in, dx and the residual's gradient out.
     return 2 * s + (12 if backward else 8), 0, 4, 4
@@ -129,6 +132,7 @@ def gpu_cases(dtypes):
         cases.append(Case("causal_conv1d_update", "fwd", dtype, 1, 5120))
         cases.append(Case("state_update", "fwd", dtype, 1, 5120, states=16))
         cases += [Case("layer_norm", d, dtype, 1, 2560, 16384) for d in both]
+        cases += [Case("gated_norm", d, dtype, 1, 5120, 16384) for d in both]
     return cases
 
 
@@ -145,6 +149,7 @@ def cpu_cases(dtypes):
         cases.append(Case("causal_conv1d_update", "fwd", dtype, 1, 1536))
         cases.append(Case("state_update", "fwd", dtype, 1, 1536, states=16))
         cases += [Case("layer_norm", d, dtype, 1, 768, 2048) for d in both]
+        cases += [Case("gated_norm", d, dtype, 1, 1536, 2048) for d in both]
     return cases
 
 
