@@ -359,6 +359,16 @@ def test_cuda_gradients_are_the_same_in_every_run():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("group_size", [0, -4, 5, 64])
+def test_private_functions_refuse_other_groups(group_size):
+    x, weight, _, z = problem(shape=(6, 32)).values()
+    rstd = torch.ones(6)
+    with pytest.raises(RuntimeError, match="group_size must divide the 32 features of x"):
+        _layer_norm_fwd(x, weight, None, 1e-6, z, group_size=group_size, is_rms_norm=True)
+    with pytest.raises(RuntimeError, match="group_size must divide the 32 features of x"):
+        _layer_norm_bwd(x, x, weight, None, 1e-6, None, rstd, z, group_size, is_rms_norm=True)
+
+
 # ---- generated bad calls ----
 
 NAMES = ("x", "weight", "bias", "z", "group_size")

@@ -34,7 +34,13 @@ def _rows(x, z):
 
 
 def _width(group_size, x):
-    return x.shape[-1] if group_size is None else group_size
+    features = x.shape[-1]
+    width = features if group_size is None else group_size
+    if width < 1 or features % width:
+        raise RuntimeError(
+            f"layernorm_gated: group_size must divide the {features} features of x, got {width}"
+        )
+    return width
 
 
 def layernorm_fn(
