@@ -8,8 +8,8 @@ install(EXPORT mamba_native NAMESPACE mamba_native:: FILE mamba_native-targets.c
         DESTINATION ${_package} COMPONENT cpp)
 foreach(_header IN ITEMS
         core/compiler.h core/dtype.h core/error.h core/parallel_for.h core/tensor.h
-        causal_conv1d/causal_conv1d.h layer_norm/layer_norm.h selective_scan/selective_scan.h
-        state_update/state_update.h)
+        causal_conv1d/causal_conv1d.h gated_norm/gated_norm.h layer_norm/layer_norm.h
+        selective_scan/selective_scan.h state_update/state_update.h)
   cmake_path(GET _header PARENT_PATH _folder)
   install(FILES csrc/${_header} DESTINATION include/mamba_native/${_folder} COMPONENT cpp)
 endforeach()

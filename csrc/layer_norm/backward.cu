@@ -59,22 +59,22 @@ __device__ __forceinline__ void load_row(const Backward& p, std::int64_t row, Lo
   const int features = row < p.rows ? p.features : 0;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    to.h[v] = load_vector<true>(p.h, row, column_of(v), features);
+    to.h[v] = load_columns<true>(p.h, row, column_of(v), features);
   }
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    to.dy[v] = load_vector<true>(p.dy, row, column_of(v), features);
+    to.dy[v] = load_columns<true>(p.dy, row, column_of(v), features);
   }
   if (BRANCHES && p.dy1.data != nullptr) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-      to.dy1[v] = load_vector<true>(p.dy1, row, column_of(v), features);
+      to.dy1[v] = load_columns<true>(p.dy1, row, column_of(v), features);
     }
   }
   if (p.dresidual_out.data != nullptr) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-      to.dresidual_out[v] = load_vector<true>(p.dresidual_out, row, column_of(v), features);
+      to.dresidual_out[v] = load_columns<true>(p.dresidual_out, row, column_of(v), features);
     }
   }
   if (features > 0) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t r
     dh[i] = fmaf(-rstd, fmaf(xhat[i], c1, c2), direct[i]);
   }
   if (p.dresidual.data != nullptr) {
-    store_vector<WHOLE>(p.dresidual, row, column, p.features, dh);
+    store_columns<WHOLE>(p.dresidual, row, column, p.features, dh);
   }
   if constexpr (BRANCHES) {
     if (p.dx1.data != nullptr) {
@@ -133,7 +133,7 @@ __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t r
         dx1[i] = dh[i];
       }
       drop(p.branches, 1, row, column, dx1);
-      store_vector<WHOLE>(p.dx1, row, column, p.features, dx1);
+      store_columns<WHOLE>(p.dx1, row, column, p.features, dx1);
     }
     drop(p.branches, 0, row, column, dh);
     const float rowscale = rowscale_of(p.branches, row);
@@ -142,7 +142,7 @@ __device__ __forceinline__ void store_gradient(const Backward& p, std::int64_t r
       dh[i] *= rowscale;
     }
   }
-  store_vector<WHOLE>(p.dx, row, column, p.features, dh);
+  store_columns<WHOLE>(p.dx, row, column, p.features, dh);
 }
 
 // What one vector of dy adds to the sums of its columns, and returns in `g`, dy on entry: w dy.
@@ -184,13 +184,13 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Backward p) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       float weight[kVector];
-      to_floats(load_vector<true>(p.weight, 0, column_of(v), p.features), p.weight.dtype, weight);
+      to_floats(load_columns<true>(p.weight, 0, column_of(v), p.features), p.weight.dtype, weight);
       normalise(p, loaded.h[v], loaded.dy[v], loaded.mean, rstd, xhat[v], direct[v]);
       take(weight, xhat[v], direct[v], column_sums[0][v], column_sums[1][v]);
       if constexpr (BRANCHES) {
         if (p.dy1.data != nullptr) {
           float g[kVector];
-          to_floats(load_vector<true>(p.weight1, 0, column_of(v), p.features), p.weight1.dtype,
+          to_floats(load_columns<true>(p.weight1, 0, column_of(v), p.features), p.weight1.dtype,
                     weight);
           to_floats(loaded.dy1[v], p.dy1.dtype, g);
           take(weight, xhat[v], g, column_sums[2][v], column_sums[3][v]);
@@ -269,12 +269,12 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
       float sums[2] = {0.0f, 0.0f};
       for (int column = static_cast<int>(threadIdx.x) * kVector; column < p.features;
            column += step) {
-        const Vector h = load_vector<false>(p.h, row, column, p.features);
-        const Vector dy = load_vector<false>(p.dy, row, column, p.features);
-        const Vector weight = load_vector<false>(p.weight, 0, column, p.features);
+        const Vector h = load_columns<false>(p.h, row, column, p.features);
+        const Vector dy = load_columns<false>(p.dy, row, column, p.features);
+        const Vector weight = load_columns<false>(p.weight, 0, column, p.features);
         Vector dresidual_out;
         if (pass == 1 && p.dresidual_out.data != nullptr) {
-          dresidual_out = load_vector<false>(p.dresidual_out, row, column, p.features);
+          dresidual_out = load_columns<false>(p.dresidual_out, row, column, p.features);
         }
         float xhat[kVector];
         float wdy[kVector];
@@ -287,8 +287,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_any(const Backward p)
         }
         if (BRANCHES && p.dy1.data != nullptr) {
           float g[kVector];
-          to_floats(load_vector<false>(p.dy1, row, column, p.features), p.dy1.dtype, g);
-          to_floats(load_vector<false>(p.weight1, 0, column, p.features), p.weight1.dtype, w);
+          to_floats(load_columns<false>(p.dy1, row, column, p.features), p.dy1.dtype, g);
+          to_floats(load_columns<false>(p.weight1, 0, column, p.features), p.weight1.dtype, w);
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
             wdy[i] = fmaf(g[i], w[i], wdy[i]);
@@ -323,15 +323,15 @@ __global__ void __launch_bounds__(THREADS) backward_kernel_columns(const Backwar
   }
   float column_sums[4][kVector] = {};
   for (std::int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    const Vector h = load_vector<false>(p.h, row, column, p.features);
-    const Vector dy = load_vector<false>(p.dy, row, column, p.features);
+    const Vector h = load_columns<false>(p.h, row, column, p.features);
+    const Vector dy = load_columns<false>(p.dy, row, column, p.features);
     const float one[kVector] = {1.0f, 1.0f, 1.0f, 1.0f};
     float xhat[kVector];
     float g[kVector];
     normalise(p, h, dy, p.is_rms_norm ? 0.0f : p.mean[row], p.rstd[row], xhat, g);
     take(one, xhat, g, column_sums[0], column_sums[1]);
     if (p.dy1.data != nullptr) {
-      to_floats(load_vector<false>(p.dy1, row, column, p.features), p.dy1.dtype, g);
+      to_floats(load_columns<false>(p.dy1, row, column, p.features), p.dy1.dtype, g);
       take(one, xhat, g, column_sums[2], column_sums[3]);
     }
   }

@@ -4,38 +4,17 @@
 
 #include <cmath>
 
-#include "core/cpu/simd.h"
+#include "core/cpu/rows.h"
 #include "layer_norm/cpu.h"
 #include "layer_norm/dropout.h"
 
 namespace mamba_native::layer_norm::cpu {
 
 using mamba_native::cpu::kLanes;
+using mamba_native::cpu::read_typed;
+using mamba_native::cpu::Sum;
 using mamba_native::cpu::Vec;
-
-template <class Arch, class T>
-void read_typed(const T* from, std::int64_t step, std::int64_t count, float* to) {
-  std::int64_t n = 0;
-  for (; step == 1 && n + kLanes<Arch> <= count; n += kLanes<Arch>) {
-    mamba_native::cpu::load<Arch>(from + n).store_unaligned(to + n);
-  }
-  for (; n < count; ++n) {
-    to[n] = to_float(from[n * step]);
-  }
-}
-
-template <class Arch, class T>
-void write_typed(const float* from, std::int64_t step, std::int64_t count, T* to) {
-  std::int64_t n = 0;
-  for (; step == 1 && n + kLanes<Arch> <= count; n += kLanes<Arch>) {
-    mamba_native::cpu::store<Arch>(to + n, Vec<Arch>::load_unaligned(from + n));
-  }
-  for (; n < count; ++n) {
-    T lanes[kLanes<Arch>];
-    mamba_native::cpu::store<Arch>(lanes, Vec<Arch>(from[n]));
-    to[n * step] = lanes[0];
-  }
-}
+using mamba_native::cpu::write_typed;
 
 // Row m of a (M, N) tensor, or the whole of a (N) one.
 template <class Arch>
@@ -55,17 +34,6 @@ void write_row(const TensorView& tensor, std::int64_t m, const float* from) {
                       tensor.as<decltype(tag)>() + m * tensor.stride[0]);
   });
 }
-
-// Four independent chains hide the latency of the additions.
-template <class Arch>
-struct Sum {
-  Vec<Arch> chains[4] = {Vec<Arch>(0.0f), Vec<Arch>(0.0f), Vec<Arch>(0.0f), Vec<Arch>(0.0f)};
-
-  MAMBA_ALWAYS_INLINE Vec<Arch>& operator[](std::int64_t n) { return chains[n / kLanes<Arch> % 4]; }
-  MAMBA_ALWAYS_INLINE float total() const {
-    return xsimd::reduce_add((chains[0] + chains[1]) + (chains[2] + chains[3]));
-  }
-};
 
 // The branches of a call: x with its rowscale is 0, x1 is 1.
 template <class Arch>

@@ -104,20 +104,20 @@ __device__ __forceinline__ void store_output(const Forward& p, const Rows& weigh
                                              const float (&h)[kVector]) {
   float y[kVector];
   float weight[kVector];
-  to_floats(load_vector<WHOLE>(weights, 0, column, p.features), weights.dtype, weight);
+  to_floats(load_columns<WHOLE>(weights, 0, column, p.features), weights.dtype, weight);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     y[i] = (h[i] - mean) * rstd * weight[i];
   }
   if (biases.data != nullptr) {
     float bias[kVector];
-    to_floats(load_vector<WHOLE>(biases, 0, column, p.features), biases.dtype, bias);
+    to_floats(load_columns<WHOLE>(biases, 0, column, p.features), biases.dtype, bias);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       y[i] += bias[i];
     }
   }
-  store_vector<WHOLE>(to, row, column, p.features, y);
+  store_columns<WHOLE>(to, row, column, p.features, y);
 }
 
 template <bool WHOLE, bool BRANCHES>
@@ -164,18 +164,18 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
       Terms terms[kGroup];
 #pragma unroll
       for (int v = 0; v < kGroup; ++v) {
-        terms[v].x = load_vector<true>(p.x, row, column_of(group + v), features);
+        terms[v].x = load_columns<true>(p.x, row, column_of(group + v), features);
       }
       if (p.residual.data != nullptr) {
 #pragma unroll
         for (int v = 0; v < kGroup; ++v) {
-          terms[v].residual = load_vector<true>(p.residual, row, column_of(group + v), features);
+          terms[v].residual = load_columns<true>(p.residual, row, column_of(group + v), features);
         }
       }
       if (BRANCHES && p.x1.data != nullptr) {
 #pragma unroll
         for (int v = 0; v < kGroup; ++v) {
-          terms[v].x1 = load_vector<true>(p.x1, row, column_of(group + v), features);
+          terms[v].x1 = load_columns<true>(p.x1, row, column_of(group + v), features);
         }
       }
 #pragma unroll
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward p) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         const int column = column_of(v);
-        store_vector<true>(p.residual_out, row, column, features, h[v]);
+        store_columns<true>(p.residual_out, row, column, features, h[v]);
       }
     }
 
@@ -247,12 +247,12 @@ __global__ void __launch_bounds__(THREADS, BRANCHES ? 2 : 0) forward_kernel_any(
       for (int column = static_cast<int>(threadIdx.x) * kVector; column < p.features;
            column += step) {
         Terms terms;
-        terms.x = load_vector<false>(p.x, row, column, p.features);
+        terms.x = load_columns<false>(p.x, row, column, p.features);
         if (p.residual.data != nullptr) {
-          terms.residual = load_vector<false>(p.residual, row, column, p.features);
+          terms.residual = load_columns<false>(p.residual, row, column, p.features);
         }
         if (BRANCHES && p.x1.data != nullptr) {
-          terms.x1 = load_vector<false>(p.x1, row, column, p.features);
+          terms.x1 = load_columns<false>(p.x1, row, column, p.features);
         }
         float h[kVector];
         add_terms<BRANCHES>(p, terms, rowscale, row, column, h);
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, BRANCHES ? 2 : 0) forward_kernel_any(
             store_masks(p, row, column, p.features);
           }
           if (p.residual_out.data != nullptr) {
-            store_vector<false>(p.residual_out, row, column, p.features, h);
+            store_columns<false>(p.residual_out, row, column, p.features, h);
           }
           store_normalised<false, BRANCHES>(p, row, column, mean, rstd, h);
           continue;

@@ -2,23 +2,15 @@
 
 #include <algorithm>
 
-#include "core/cuda/alignment.h"
 #include "core/math.h"
 #include "layer_norm/branches.h"
 
 namespace mamba_native::layer_norm::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-
-// Threads that hold a row of `features` with `vectors` vectors each: whole warps.
-std::int64_t threads_for(std::int64_t features, int vectors) {
-  return ceil_div(features, std::int64_t{kVector} * vectors * kWarp) * kWarp;
-}
-
-bool moves(const TensorView& tensor) {
-  return !tensor.present() || mamba_native::cuda::moves_vectors(tensor, kVector);
-}
+using mamba_native::cuda::kWarp;
+using mamba_native::cuda::moves;
+using mamba_native::cuda::threads_for;
 
 // Threads of a kernel that walks over its row: no more than there are vectors.
 int walking_threads(std::int64_t features, const Config& config) {

@@ -5,14 +5,12 @@
 #include <cstdint>
 
 #include "core/cuda/device.h"
+#include "core/cuda/rows.h"
 #include "layer_norm/layer_norm.h"
 
 namespace mamba_native::layer_norm::cuda {
 
-// Elements that a thread moves at once: 16 bytes of float32, 8 bytes of a 16-bit type. A residual
-// in float32 beside 16-bit activations is the models' default, and only vectors of the same count
-// of elements keep both coalesced.
-inline constexpr int kVector = 4;
+using mamba_native::cuda::kVector;
 
 // One row = one kernel for all dtypes: a row of the tensor lies in the registers of `threads`
 // threads, `vectors` vectors each. The kernel without vectors walks over the tensor's row several

@@ -186,6 +186,38 @@ def _branches_backward(device):
     }
 
 
+def _gated_norm(device):
+    return {
+        "x": _randn(device, 4, 6),
+        "weight": _randn(device, 6),
+        "bias": _randn(device, 6),
+        "z": _randn(device, 4, 6),
+        "eps": 1e-5,
+        "group_size": 3,
+        "norm_before_gate": True,
+        "is_rms_norm": False,
+    }
+
+
+def _gated_norm_rms(device):
+    rms = {"is_rms_norm": True, "norm_before_gate": False, "bias": None}
+    return _gated_norm(device) | {"x": _randn(device, 4, 6).bfloat16()} | rms
+
+
+def _gated_norm_backward(device):
+    forward = _gated_norm(device)
+    return {
+        "dy": _randn(device, 4, 6),
+        **{name: forward[name] for name in ("x", "weight", "bias", "z")},
+        "mean": _randn(device, 2, 4),
+        "rstd": _randn(device, 2, 4).abs(),
+        "group_size": 3,
+        "norm_before_gate": False,
+        "is_rms_norm": False,
+        "recompute_output": True,
+    }
+
+
 def _ssd(device):
     r = _randn
     return {
@@ -280,6 +312,15 @@ SAMPLES = {
             | {"has_residual": False}
         ),
     ],
+    "gated_norm_forward": [_gated_norm, _gated_norm_rms, _without(_gated_norm, "bias", "z")],
+    "gated_norm_backward": [
+        _gated_norm_backward,
+        lambda device: (
+            _without(_gated_norm_backward, "bias", "z")(device)
+            | {"is_rms_norm": True, "mean": torch.empty(0, device=device)}
+            | {"recompute_output": False}
+        ),
+    ],
     "ssd_forward": [
         _ssd,
         _ssd_packed,
@@ -296,6 +337,7 @@ DIFFERENTIABLE = (
     "causal_conv1d_forward",
     "layer_norm_forward",
     "layer_norm_branches_forward",
+    "gated_norm_forward",
 )
 ALL = [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))]
 
@@ -453,6 +495,22 @@ BAD = {
         "rowscale": [_wider, _integer],
         "seed": [_wider, _half],
         "dropout_p": [lambda p: -p, lambda p: 1.5],
+    },
+    "gated_norm_forward": {
+        "x": [_flat, _integer],
+        "weight": [_wider, _integer],
+        "bias": [_wider, _integer],
+        "z": [_wider, _integer],
+        "group_size": [lambda size: 0, lambda size: -3, lambda size: 4],
+    },
+    "gated_norm_backward": {
+        "dy": [_wider, _half],
+        "x": [_flat],
+        "weight": [_wider],
+        "z": [_wider],
+        "mean": [_wider, _half],
+        "rstd": [_wider, _half],
+        "group_size": [lambda size: 0, lambda size: 4],
     },
     "layer_norm_branches_backward": {
         "dy1": [_wider, _half],

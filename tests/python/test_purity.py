@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("selective_scan", "causal_conv1d", "state_update", "layer_norm", "ssd")
+ROOMS = ("selective_scan", "causal_conv1d", "state_update", "layer_norm", "gated_norm", "ssd")
 TOP_LEVEL = {
     *("CMakeLists.txt", "CMakePresets.json", "README.md", "pyproject.toml", "LICENSE"),
     *("CHANGELOG.md", ".ci", ".github", "csrc", "python", "tests", "scripts", "patches"),

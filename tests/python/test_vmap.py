@@ -10,6 +10,7 @@ from mamba_ssm.ops.causal_conv1d import (
 )
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
+from mamba_ssm.ops.triton.layernorm_gated import layernorm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,6 +66,10 @@ def packed_conv(x, weight, bias, seq_idx):
     return causal_conv1d_fn(x.mT.contiguous().mT, weight, bias, seq_idx)
 
 
+def gated_norm(x, weight, bias, z):
+    return layernorm_fn(x, weight, bias, z, group_size=3)
+
+
 SCAN = {
     "u": (B, D, L),
     "delta": (B, D, L),
@@ -90,6 +95,7 @@ CHUNKED = {
 }
 CONV = {"x": (B, D, L), "weight": (D, W), "bias": (D,), "initial_states": (B, D, W - 1)}
 NORM = {"x": (B, 6), "weight": (6,), "bias": (6,), "residual": (B, 6)}
+GATED = {"x": (B, 6), "weight": (6,), "bias": (6,), "z": (B, 6)}
 # name: (function, shapes, how many calls of the forward operation a mapped one takes)
 CASES = {
     "scan_batch": (scan, SCAN, "u delta B C z initial_state", 1),
@@ -112,6 +118,9 @@ CASES = {
     "conv_all": (conv, CONV, " ".join(CONV), 1),
     "layer_norm_rows": (layer_norm_fn, NORM, "x residual", 1),
     "layer_norm_parameters": (layer_norm_fn, NORM, "weight bias", V),
+    "gated_norm_rows": (gated_norm, GATED, "x z", 1),
+    "gated_norm_gate": (gated_norm, GATED, "z", 1),
+    "gated_norm_parameters": (gated_norm, GATED, "weight", V),
     "rms_norm_residual": (rms_norm_fn, NORM, "residual", 1),
 }
 

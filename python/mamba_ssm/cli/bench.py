@@ -36,6 +36,7 @@ OPERATIONS = (
     "ssd",
     "split_conv",
     "layer_norm",
+    "gated_norm",
 )
 ISAS = ("plain", "sse2", "avx2", "avx512")  # as MAMBA_CPU_ISA takes them
 RATIO_SCAN = "selective_scan/float32/B1D1536L512N16"

@@ -92,6 +92,8 @@ def _work_per_element(case):
         return 2 * N * s, 2 + 3 / case.headdim, 3 * N, 3 * N + 40
     if case.op == "state_update":  # the state in and out
         return 2 * N * s, N + 4, 4 * N, 5.5 * N + 40
+    if case.op == "gated_norm":  # x, z in, y out; backward dy, x, z in, dx, dz out
+        return (5 * s, 2, 16, 18) if backward else (3 * s, 2, 7, 9)
     # layer_norm with a float32 residual: x and residual in, y and residual out; backward dy, the
     # sum and the residual's gradient in, dx and the residual's gradient out.
     return 2 * s + (12 if backward else 8), 0, 4, 4
@@ -167,6 +169,7 @@ def gpu_cases(dtypes):
         for op, shapes in (("ssd", chunked), ("split_conv", chunked[::2])):
             cases += [Case(op, d, dtype, *sizes, 128, headdim=64) for sizes in shapes for d in both]
         cases += [Case("layer_norm", d, dtype, 1, 2560, 16384) for d in both]
+        cases += [Case("gated_norm", d, dtype, 1, 5120, 16384) for d in both]
     return cases
 
 
@@ -186,6 +189,7 @@ def cpu_cases(dtypes):
         for op in ("ssd", "split_conv"):
             cases += [Case(op, d, dtype, 1, 1536, 2048, 128, headdim=64) for d in both]
         cases += [Case("layer_norm", d, dtype, 1, 768, 2048) for d in both]
+        cases += [Case("gated_norm", d, dtype, 1, 1536, 2048) for d in both]
     return cases
 
 

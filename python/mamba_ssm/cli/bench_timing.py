@@ -12,6 +12,7 @@ from mamba_ssm.native.selective_scan import as_parts
 from mamba_ssm.ops import causal_conv1d as conv
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import rms_norm_ref
+from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref as gated_rms_norm_ref
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update_ref
 from mamba_ssm.ops.triton.ssd_combined import (
     mamba_chunk_scan,
@@ -158,6 +159,14 @@ def native_call(case, device):
         A, D, bias = A.transpose(0, 1), D.transpose(0, 1), bias.transpose(0, 1)
         return lambda: ops.selective_state_update(state, x, dt, A, B, C, D, z, bias, True, None)
     x, weight = random.normal(case.length, case.dim), random.normal(case.dim, dtype=torch.float32)
+    if case.op == "gated_norm":
+        z, options = random.normal(case.length, case.dim), (case.dim, False, True)
+        if case.direction == "fwd":
+            return lambda: ops.gated_norm_forward(x, weight, None, z, 1e-5, *options)
+        _, mean, rstd = ops.gated_norm_forward(x, weight, None, z, 1e-5, *options)
+        dy = torch.randn_like(x)
+        saved = (x, weight, None, z, mean, rstd)
+        return lambda: ops.gated_norm_backward(dy, *saved, *options, False)
     residual = random.normal(case.length, case.dim, dtype=torch.float32)
     if case.direction == "fwd":
         return lambda: ops.layer_norm_forward(x, weight, None, residual, 1e-5, True, True)
@@ -226,6 +235,13 @@ def reference_call(case, device):
     elif case.op == "state_update":
         inputs = (_headed_update_inputs if case.headdim else _update_inputs)(case, random)
         return lambda: selective_state_update_ref(*inputs, dt_softplus=True)
+    elif case.op == "gated_norm":
+        inputs = {
+            "x": random.normal(case.length, case.dim),
+            "weight": random.normal(case.dim, dtype=torch.float32),
+            "z": random.normal(case.length, case.dim),
+        }
+        formula = partial(gated_rms_norm_ref, bias=None, norm_before_gate=False)
     else:
         inputs = {
             "x": random.normal(case.length, case.dim),

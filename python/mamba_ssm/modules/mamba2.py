@@ -12,10 +12,10 @@ from mamba_ssm.ops.causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
-from mamba_ssm.ops.gated_norm import RMSNorm
 from mamba_ssm.ops.mamba_split import mamba_split_conv1d_scan_combined
 from mamba_ssm.ops.sequences import sequence_of_steps
 from mamba_ssm.ops.triton.k_activations import swiglu
+from mamba_ssm.ops.triton.layernorm_gated import RMSNorm
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 

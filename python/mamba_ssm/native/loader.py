@@ -24,6 +24,8 @@ OPERATIONS = (
     "layer_norm_backward",
     "layer_norm_branches_forward",
     "layer_norm_branches_backward",
+    "gated_norm_forward",
+    "gated_norm_backward",
     "ssd_forward",
     "ssd_backward",
     "native_info",

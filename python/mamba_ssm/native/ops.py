@@ -6,6 +6,7 @@ from mamba_ssm.native.causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
+from mamba_ssm.native.gated_norm import gated_norm_backward, gated_norm_forward
 from mamba_ssm.native.info import native_info
 from mamba_ssm.native.layer_norm import (
     layer_norm_backward,
@@ -22,6 +23,8 @@ __all__ = [
     "causal_conv1d_forward",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "gated_norm_backward",
+    "gated_norm_forward",
     "layer_norm_backward",
     "layer_norm_branches_backward",
     "layer_norm_branches_forward",

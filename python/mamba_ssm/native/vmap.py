@@ -37,6 +37,7 @@ _SHAPES = {
         "initial_states:bdpn checkpoints:bkdpn seq_idx:bl",
         "bldp bld d blgn blgn d|dp bldp d bdpn",
     ),
+    "gated_norm_forward": ("x:rn weight:n bias:n z:rn", "rn gr gr"),
     "layer_norm_forward": ("x:rn weight:n bias:n residual:rn", "rn rn r r"),
 }
 _JOINS = ("b", "r", "dg")

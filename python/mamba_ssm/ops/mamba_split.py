@@ -12,9 +12,9 @@ from mamba_ssm.native.arguments import check_shapes
 from mamba_ssm.ops.anticausal_conv1d import anticausal_conv1d_fn
 from mamba_ssm.ops.autocast import autocast_dtype
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
-from mamba_ssm.ops.gated_norm import rmsnorm_fn
 from mamba_ssm.ops.recompute import recomputed
 from mamba_ssm.ops.triton.k_activations import swiglu
+from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, ssd_selective_scan
 
 
@@ -362,7 +362,7 @@ def mamba_split_conv1d_scan_ref(
     ).flatten(2)
     if rmsnorm_weight is not None:
         norm = {"group_size": dim // ngroups, "norm_before_gate": norm_before_gate}
-        y = rmsnorm_fn(y, rmsnorm_weight, None, z=z, eps=rmsnorm_eps, **norm)
+        y = rms_norm_ref(y, rmsnorm_weight, None, z=z, eps=rmsnorm_eps, **norm)
     gate, up = zx0.chunk(2, dim=-1)
     y = torch.cat([F.silu(gate) * up, y], dim=-1)
     return y if outproj_weight is None else F.linear(y, outproj_weight, outproj_bias)

@@ -12,6 +12,7 @@ __getattr__, __dir__ = attach(
         "k_activations",
         "layer_norm",
         "layernorm",
+        "layernorm_gated",
         "selective_state_update",
         "softplus",
         "ssd_bmm",
