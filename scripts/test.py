@@ -26,8 +26,8 @@ PYTEST_TOOLS = (
 WORKERS = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "worksteal")
 WINDOWS_PRESET = "windows-mingw"
 CPP_GPU_TESTS = "*cuda*:*Cuda*-*large*:*Large*"
-# What the oldest torch gets: operations, their gradients, a model.
-SMOKE = ("ops", "selective_scan", "causal_conv1d", "mamba")
+# What the oldest torch gets: operations, their gradients, models, and what its compiler makes of them.
+SMOKE = ("ops", "selective_scan", "ssd", "causal_conv1d", "mamba", "mamba2", "mamba_split")
 
 
 def native_library(preset):

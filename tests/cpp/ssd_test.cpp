@@ -574,24 +574,31 @@ void expect_close(const Forward& got, const Expected& expected, DType dtype) {
                     test::kForwardSlack));
 }
 
+// Factor on kGradientSlack for sums over the whole batch and time, of which every head has one: what
+// the yardstick errs by is a draw of few. With the same inputs it errs by 5.5e-6 with glibc and by
+// 1.9e-6 with Windows' C runtime, and the kernels by 7.7e-6 on both.
+constexpr double kSumOfHeadSlack = 2.0;
+
 void expect_close(const Backward& got, const Expected& expected, DType dtype) {
   struct Row {
     const char* name;
     Tensor Backward::* output;
+    double slack = test::kGradientSlack;
   };
+  constexpr double kOfHead = test::kGradientSlack * kSumOfHeadSlack;
   const Row rows[] = {{"dx", &Backward::dx},
                       {"ddt", &Backward::ddt},
-                      {"dA", &Backward::dA},
+                      {"dA", &Backward::dA, kOfHead},
                       {"dB", &Backward::dB},
                       {"dC", &Backward::dC},
-                      {"dD", &Backward::dD},
+                      {"dD", &Backward::dD, kOfHead},
                       {"dz", &Backward::dz},
-                      {"ddt_bias", &Backward::dbias},
+                      {"ddt_bias", &Backward::dbias, kOfHead},
                       {"dinitial_states", &Backward::dinitial}};
   for (const Row& row : rows) {
     EXPECT_TRUE(close("ssd_backward", row.name, dtype, got.*row.output,
                       expected.truth_gradients.*row.output,
-                      expected.yardstick_gradients.*row.output, test::kGradientSlack));
+                      expected.yardstick_gradients.*row.output, row.slack));
   }
 }
 

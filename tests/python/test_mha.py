@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from mamba_ssm.modules.mha import MHA, rotate
 from mamba_ssm.utils.generation import InferenceParams
 
+pytestmark = pytest.mark.usefixtures("exact_references")
+
 OPTIONS = {
     "plain": {},
     "grouped": {"num_heads_kv": 2},

@@ -16,6 +16,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 16):
     pytest.skip("transformers before 5.16 finds kernels in another way", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("exact_references")
+
 VOCABULARY = 64
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MIXER = {

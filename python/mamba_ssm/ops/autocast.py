@@ -1,4 +1,7 @@
-"""Autocast for functions that cast by themselves; a device that has none, like meta, is as if it were off."""
+"""Autocast for functions that cast by themselves; on meta tensors, which have none, it is as if it were off.
+
+torch.amp.is_autocast_available() would know for any device, but torch 2.10's compiler cannot see through it.
+"""
 
 import contextlib
 
@@ -7,15 +10,12 @@ import torch
 
 def autocast_dtype(x):
     """The dtype of x under autocast: autocast's where that is on, x's else and for float64."""
-    device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if x.dtype == torch.float64 or x.is_meta:
         return x.dtype
-    on = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if on else x.dtype
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 
 def no_autocast(x):
     """A context without autocast on x's device."""
-    if not torch.amp.is_autocast_available(x.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
