@@ -27,6 +27,7 @@ from mamba_ssm.ops.selective_scan_interface import (  # noqa: E402
     selective_scan_ref,
 )
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref  # noqa: E402
+from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn  # noqa: E402
 from mamba_ssm.ops.triton.selective_state_update import (  # noqa: E402
     selective_state_update,
     selective_state_update_ref,
@@ -97,6 +98,13 @@ def norm(draw):
     return tensors, one(layer_norm_fn), one(layer_norm_ref, upcast=True), True
 
 
+def gated_norm(draw):
+    tensors = {"x": draw(LENGTH, CHANNELS), "weight": torch.rand(CHANNELS) + 0.5}
+    tensors |= {"bias": torch.randn(CHANNELS), "z": draw(LENGTH, CHANNELS)}
+    fixed = {"group_size": CHANNELS // 4, "norm_before_gate": False}
+    return tensors, one(rmsnorm_fn, **fixed), one(rms_norm_ref, **fixed), True
+
+
 def state_update(draw):
     tensors = {
         "state": torch.randn(BATCH, CHANNELS, STATES),
@@ -126,6 +134,7 @@ OPERATIONS = {
     "chunked scan": chunked_scan,
     "causal convolution": convolution,
     "LayerNorm": norm,
+    "gated RMSNorm": gated_norm,
     "state update": state_update,
 }
 

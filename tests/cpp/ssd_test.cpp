@@ -574,9 +574,9 @@ void expect_close(const Forward& got, const Expected& expected, DType dtype) {
                     test::kForwardSlack));
 }
 
-// Factor on kGradientSlack for sums over the whole batch and time, of which every head has one: what
-// the yardstick errs by is a draw of few. With the same inputs it errs by 5.5e-6 with glibc and by
-// 1.9e-6 with Windows' C runtime, and the kernels by 7.7e-6 on both.
+// Factor on kGradientSlack for sums over the whole batch and time, of which every head has one:
+// what the yardstick errs by is a draw of few. With the same inputs it errs by 5.5e-6 with glibc
+// and by 1.9e-6 with Windows' C runtime, and the kernels by 7.7e-6 on both.
 constexpr double kSumOfHeadSlack = 2.0;
 
 void expect_close(const Backward& got, const Expected& expected, DType dtype) {
