@@ -7,6 +7,12 @@
 
 namespace mamba_native {
 
+Shape::Shape(std::initializer_list<std::int64_t> sizes) {
+  for (const std::int64_t extent : sizes) {
+    size[dim++] = extent;
+  }
+}
+
 void check_memory(const char* op, const char* argument, const TensorView& tensor, Device device) {
   check_device(op, argument, tensor, device);
   const std::int64_t limit = std::numeric_limits<std::int64_t>::max() / size_of(tensor.dtype);
@@ -29,22 +35,22 @@ void check_memory(const char* op, const char* argument, const TensorView& tensor
 }
 
 void check_input(const char* op, const char* argument, const TensorView& tensor, Device device,
-                 DType dtype, std::initializer_list<std::int64_t> shape) {
+                 DType dtype, const Shape& shape) {
   MAMBA_CHECK(tensor.present(), op, ": ", argument, " is missing");
-  check_shape(op, argument, tensor, shape);
+  check_shape(op, argument, tensor, shape.size, shape.dim);
   check_dtype(op, argument, tensor, dtype);
   check_memory(op, argument, tensor, device);
 }
 
 void check_optional_input(const char* op, const char* argument, const TensorView& tensor,
-                          Device device, DType dtype, std::initializer_list<std::int64_t> shape) {
+                          Device device, DType dtype, const Shape& shape) {
   if (tensor.present()) {
     check_input(op, argument, tensor, device, dtype, shape);
   }
 }
 
 void check_output(const char* op, const char* argument, const TensorView& tensor, Device device,
-                  DType dtype, std::initializer_list<std::int64_t> shape) {
+                  DType dtype, const Shape& shape) {
   check_input(op, argument, tensor, device, dtype, shape);
   const bool is_empty = tensor.numel() == 0;
   for (int i = 0; i < tensor.dim; ++i) {
@@ -55,7 +61,7 @@ void check_output(const char* op, const char* argument, const TensorView& tensor
 
 void check_optional_output(const char* op, const char* argument, const TensorView& tensor,
                            const char* owner, const TensorView& input, Device device, DType dtype,
-                           std::initializer_list<std::int64_t> shape) {
+                           const Shape& shape) {
   MAMBA_CHECK(tensor.present() == input.present(), op, ": ", argument,
               " must be given exactly when ", owner, " is");
   if (tensor.present()) {

@@ -37,6 +37,16 @@ class Sequences {
     } while (t < limit && !begins(t));
     return t;
   }
+  // The beginning of the sequence that has step t, `limit` at least.
+  MAMBA_ALWAYS_INLINE std::int64_t begin_of(std::int64_t t, std::int64_t limit) const {
+    if (index_ == nullptr) {
+      return limit;
+    }
+    while (t > limit && !begins(t)) {
+      --t;
+    }
+    return t;
+  }
 
   // The row of the initial states that enters at a step that begins a sequence, and the row of the
   // last states that gets what a step that ends one leaves; negative where there is none. A

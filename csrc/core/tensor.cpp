@@ -105,6 +105,13 @@ struct SizeRange {
 
 }  // namespace
 
+void TensorView::mirror(int dimension) {
+  if (size[dimension] > 0) {
+    data = static_cast<char*>(data) + (size[dimension] - 1) * stride[dimension] * size_of(dtype);
+    stride[dimension] = -stride[dimension];
+  }
+}
+
 std::string describe(const TensorView& tensor) {
   if (!tensor.present()) {
     return "nothing";

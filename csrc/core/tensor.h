@@ -43,6 +43,8 @@ struct TensorView {
   bool present() const { return dim >= 0; }
   std::int64_t numel() const;
   bool is_contiguous() const;
+  // Begins at the last index of a dimension and runs back, with a negative stride.
+  void mirror(int dimension);
 
   template <class T>
   T* as() const {

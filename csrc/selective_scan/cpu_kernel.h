@@ -13,9 +13,9 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "core/cpu/simd.h"
+#include "core/cpu/transpose.h"
 #include "core/math.h"
 #include "selective_scan/cpu.h"
 #include "selective_scan/sequences.h"
@@ -59,30 +59,13 @@ class Arena {
 
 // ---- moving data between tensors and float tiles ----
 
-// Transposes run in squares of at most 8 x 8: what xsimd has shuffles for.
-template <class Arch>
-using SquareArch = std::conditional_t<(kLanes<Arch> > 8), xsimd::avx2, Arch>;
-
-template <class Arch>
-MAMBA_ALWAYS_INLINE void assign(float* to, float value) {
-  *to = value;
-}
-template <class Arch>
-MAMBA_ALWAYS_INLINE void assign(Half* to, float value) {
-  *to = round_to_f16(value);
-}
-template <class Arch>
-MAMBA_ALWAYS_INLINE void assign(BFloat16* to, float value) {
-  *to = round_to_bf16(value);
-}
-
 // to[step][lane] = from[lane * channel + step * time] for `steps` steps of `channels` channels;
 // zero for the other lanes, and for further steps up to a multiple of kLanes.
 template <class Arch, class T>
 void load_tile(const T* from, std::int64_t channel, std::int64_t time, int channels, int steps,
                float* to) {
   constexpr int kWidth = kLanes<Arch>;
-  using Square = SquareArch<Arch>;
+  using Square = mamba_native::cpu::Square<Arch>;
   constexpr int kSide = kLanes<Square>;
   int t = 0;
   if (time == 1 || time == -1) {
@@ -120,7 +103,7 @@ template <class Arch, class T>
 void store_tile(T* to, std::int64_t channel, std::int64_t time, int channels, int steps,
                 const float* from) {
   constexpr int kWidth = kLanes<Arch>;
-  using Square = SquareArch<Arch>;
+  using Square = mamba_native::cpu::Square<Arch>;
   constexpr int kSide = kLanes<Square>;
   int t = 0;
   if (time == 1 || time == -1) {
@@ -147,7 +130,7 @@ void store_tile(T* to, std::int64_t channel, std::int64_t time, int channels, in
   }
   for (; t < steps; ++t) {
     for (int c = 0; c < channels; ++c) {
-      assign<Arch>(to + c * channel + t * time, from[t * kWidth + c]);
+      mamba_native::cpu::assign<Arch>(to + c * channel + t * time, from[t * kWidth + c]);
     }
   }
 }
@@ -483,7 +466,7 @@ void forward_slice(const ForwardParams& params, const Slice& slice, float* scrat
                                 : forward_states_for<Arch, kForwardStates>(varying_B, varying_C);
   const ForwardStates run_one = is_complex ? forward_complex_for<Arch, 2>(varying_B, varying_C)
                                            : forward_states_for<Arch, 1>(varying_B, varying_C);
-  const Sequences sequences(in, slice.batch);
+  const Sequences sequences = sequences_of(in, slice.batch);
 
   Arena<Arch> arena(scratch);
   float* const rows_B = arena.take(states * kForwardSteps);
@@ -611,7 +594,7 @@ struct BackwardTile {
 // to[i] += the sum over lanes of row i, for kLanes rows of [lane].
 template <class Arch>
 MAMBA_ALWAYS_INLINE void add_lane_sums(const float* rows, float* to) {
-  using Square = SquareArch<Arch>;
+  using Square = mamba_native::cpu::Square<Arch>;
   constexpr int kSide = kLanes<Square>;
   for (int first = 0; first < kLanes<Arch>; first += kSide) {
     Vec<Square> parts[kSide];
@@ -987,7 +970,7 @@ void backward_slice(const BackwardParams& params, const Slice& slice, const Segm
       in.A.dim == 3 ? backward_complex_for<Arch>(varying_B, varying_C)
                     : backward_states_for<Arch, kBackwardStates>(varying_B, varying_C);
   const BackwardStates<Arch> run_one = backward_states_for<Arch, 1>(varying_B, varying_C);
-  const Sequences sequences(in, slice.batch);
+  const Sequences sequences = sequences_of(in, slice.batch);
   const std::int64_t row = (segment.last_tile - segment.first_tile) * kBackwardSteps;
   const std::int64_t block_floats = states * kWidth;
 

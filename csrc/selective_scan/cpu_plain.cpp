@@ -64,7 +64,7 @@ void forward_channel(const ForwardParams& params, std::int64_t b, std::int64_t d
   const Projection<TC> C = projection<TC>(in.C, b, d, in.u.size[1]);
   const float D = element(in.D, d, 0.0f);
   const float bias = element(in.delta_bias, d, 0.0f);
-  const Sequences sequences(in, b);
+  const Sequences sequences = sequences_of(in, b);
   float* state = h.data();
   for (std::int64_t t = 0; t < length; ++t) {
     const bool begins = sequences.begins(t);

@@ -72,7 +72,7 @@ class Channel {
 
  public:
   Channel(const Inputs& in, std::int64_t batch, std::int64_t channel)
-      : in_(in), sequences_(in, batch), batch_(batch), channel_(channel) {
+      : in_(in), sequences_(sequences_of(in, batch)), batch_(batch), channel_(channel) {
     if (is_varying(in.B)) {
       group_ = channel / (in.u.size[1] / in.B.size[1]);
     } else if (is_varying(in.C)) {

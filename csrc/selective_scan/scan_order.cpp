@@ -3,22 +3,17 @@
 namespace mamba_native::selective_scan {
 namespace {
 
-void mirror(TensorView& view, int time) {
-  if (!view.present() || view.size[time] == 0) {
-    return;
-  }
-  view.data = static_cast<char*>(view.data) +
-              (view.size[time] - 1) * view.stride[time] * size_of(view.dtype);
-  view.stride[time] = -view.stride[time];
-}
-
 // u and its like, (B, D, L), and seq_idx, (B, L).
-void mirror(TensorView& view) { mirror(view, view.dim - 1); }
+void mirror(TensorView& view) {
+  if (view.present()) {
+    view.mirror(view.dim - 1);
+  }
+}
 
 // B, C and their gradients.
 void mirror_projection(TensorView& view) {
   if (is_varying(view)) {
-    mirror(view, 3);
+    view.mirror(3);
   }
 }
 

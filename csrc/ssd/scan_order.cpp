@@ -3,13 +3,9 @@
 namespace mamba_native::ssd {
 namespace {
 
-constexpr int kTime = 1;
-
 void mirror(TensorView& view) {
-  if (view.present() && view.size[kTime] > 0) {
-    view.data = static_cast<char*>(view.data) +
-                (view.size[kTime] - 1) * view.stride[kTime] * size_of(view.dtype);
-    view.stride[kTime] = -view.stride[kTime];
+  if (view.present()) {
+    view.mirror(1);  // time
   }
 }
 
