@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <vector>
 
-#include "core/error.h"
 #include "core/math.h"
 #include "core/parallel_for.h"
 #include "ssd/reference.h"
@@ -22,25 +21,8 @@ constexpr std::int64_t kBackwardSlices = 16;
 // Partial dB and dC of all slices take about this many floats (16 MB) at once.
 constexpr std::int64_t kPartialFloats = std::int64_t{1} << 22;
 
-// A thread is worth waking for this many multiplications.
-constexpr std::int64_t kWorthAThread = std::int64_t{1} << 17;
-
-std::int64_t grain(std::int64_t work_per_item) {
-  return std::max<std::int64_t>(1, kWorthAThread / std::max<std::int64_t>(1, work_per_item));
-}
-
 const Kernels& kernels_of(Isa isa) {
-  switch (isa) {
-    case Isa::sse2:
-      return kSse2Kernels;
-    case Isa::avx2:
-      return kAvx2Kernels;
-    case Isa::avx512:
-      return kAvx512Kernels;
-    case Isa::plain:
-      break;
-  }
-  fail("ssd: no SIMD kernels for instruction set ", static_cast<int>(isa));
+  return mamba_native::cpu::kernels_for(isa, kSse2Kernels, kAvx2Kernels, kAvx512Kernels);
 }
 
 // Floats aligned to a cache line, so that no vector load straddles two.
@@ -148,7 +130,7 @@ void add_parts(const TensorView& to, const Slices& slices, const float* parts,
                const Stretch& stretch) {
   const std::int64_t groups = to.size[2], N = to.size[3], width = padded(N);
   const std::int64_t steps = stretch.end - stretch.begin;
-  parallel_for(to.size[0] * steps, grain(groups * N * slices.per_group()),
+  parallel_for(to.size[0] * steps, grain_of(groups * N * slices.per_group()),
                [&](std::int64_t first, std::int64_t last) {
                  for (std::int64_t i = first; i < last; ++i) {
                    const std::int64_t b = i / steps, t = i % steps;
@@ -221,7 +203,7 @@ void forward(const ForwardParams& given, Isa isa) {
   const Kernels& kernels = kernels_of(isa);
   const Slices slices(in, kForwardSlices);
   const std::int64_t scratch_size = kernels.forward_scratch(in, slices.largest());
-  parallel_for(slices.count(), grain(work_of_slice(in, slices)),
+  parallel_for(slices.count(), grain_of(work_of_slice(in, slices)),
                [&](std::int64_t begin, std::int64_t end) {
                  Scratch scratch(scratch_size);
                  for (std::int64_t i = begin; i < end; ++i) {
@@ -258,7 +240,7 @@ void backward(const BackwardParams& given, Isa isa) {
     const std::int64_t last = (stretch.end - 1) / kCheckpointInterval;
     stretch.begin = std::max<std::int64_t>(0, last + 1 - blocks) * kCheckpointInterval;
     const std::int64_t part_floats = (stretch.end - stretch.begin) * padded(in.B.size[3]);
-    parallel_for(slices.count(), grain(work_of_slice(in, slices)),
+    parallel_for(slices.count(), grain_of(work_of_slice(in, slices)),
                  [&](std::int64_t begin, std::int64_t end) {
                    Scratch scratch(scratch_size);
                    for (std::int64_t i = begin; i < end; ++i) {

@@ -20,14 +20,19 @@ if os.environ.get("MAMBA_NATIVE_LIBRARY"):
     sys.path.insert(0, str(ROOT / "python"))
 
 import torch  # noqa: E402
-from compare import convert, evaluate  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from compare import convert, evaluate, one_thread  # noqa: E402
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_ref  # noqa: E402
 from mamba_ssm.ops.selective_scan_interface import (  # noqa: E402
     selective_scan_fn,
     selective_scan_ref,
 )
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref  # noqa: E402
-from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn  # noqa: E402
+from mamba_ssm.ops.triton.layernorm_gated import (  # noqa: E402
+    layernorm_fn,
+    rms_norm_ref,
+    rmsnorm_fn,
+)
 from mamba_ssm.ops.triton.selective_state_update import (  # noqa: E402
     selective_state_update,
     selective_state_update_ref,
@@ -45,15 +50,15 @@ def one(function, **fixed):
     return lambda **tensors: (function(**tensors, **fixed),)
 
 
-def scan(draw, length=LENGTH):
+def scan(draw):
     tensors = {
-        "u": draw(BATCH, CHANNELS, length),
-        "delta": draw(BATCH, CHANNELS, length) - 1,
+        "u": draw(BATCH, CHANNELS, LENGTH),
+        "delta": draw(BATCH, CHANNELS, LENGTH) - 1,
         "A": -torch.rand(CHANNELS, STATES) * 8 - 0.5,
-        "B": draw(BATCH, STATES, length),
-        "C": draw(BATCH, STATES, length),
+        "B": draw(BATCH, STATES, LENGTH),
+        "C": draw(BATCH, STATES, LENGTH),
         "D": torch.randn(CHANNELS),
-        "z": draw(BATCH, CHANNELS, length),
+        "z": draw(BATCH, CHANNELS, LENGTH),
         "delta_bias": torch.randn(CHANNELS),
     }
     fixed = {"delta_softplus": True}
@@ -61,9 +66,8 @@ def scan(draw, length=LENGTH):
 
 
 def complex_scan(draw):
-    length = LENGTH // 4  # the formula's graph grows with the square
-    tensors, *rest = scan(draw, length)
-    tensors |= {name: draw(BATCH, STATES, 2 * length) for name in ("B", "C")}
+    tensors, *rest = scan(draw)
+    tensors |= {name: draw(BATCH, STATES, 2 * LENGTH) for name in ("B", "C")}
     tensors["A"] = torch.complex(tensors["A"], 3 * torch.randn(CHANNELS, STATES))
     return tensors, *rest
 
@@ -98,11 +102,23 @@ def norm(draw):
     return tensors, one(layer_norm_fn), one(layer_norm_ref, upcast=True), True
 
 
-def gated_norm(draw):
+def gated(draw):
     tensors = {"x": draw(LENGTH, CHANNELS), "weight": torch.rand(CHANNELS) + 0.5}
-    tensors |= {"bias": torch.randn(CHANNELS), "z": draw(LENGTH, CHANNELS)}
-    fixed = {"group_size": CHANNELS // 4, "norm_before_gate": False}
-    return tensors, one(rmsnorm_fn, **fixed), one(rms_norm_ref, **fixed), True
+    return tensors | {"bias": torch.randn(CHANNELS), "z": draw(LENGTH, CHANNELS)}
+
+
+def gated_rms_norm(draw):
+    fixed = {"group_size": CHANNELS // 4, "norm_before_gate": False}  # as in Mamba-2
+    return gated(draw), one(rmsnorm_fn, **fixed), one(rms_norm_ref, **fixed), True
+
+
+def gated_layer_norm(draw):
+    def formula(x, weight, bias, z):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps=1e-6)
+        return (norm * F.silu(z.to(wide))).to(x.dtype)
+
+    return gated(draw), one(layernorm_fn), one(formula), True
 
 
 def state_update(draw):
@@ -134,7 +150,8 @@ OPERATIONS = {
     "chunked scan": chunked_scan,
     "causal convolution": convolution,
     "LayerNorm": norm,
-    "gated RMSNorm": gated_norm,
+    "gated RMSNorm": gated_rms_norm,
+    "gated LayerNorm": gated_layer_norm,
     "state update": state_update,
 }
 
@@ -184,7 +201,8 @@ def main():
     print("| | " + " | ".join(f"{dtype} | formula" for dtype in dtypes) + " |")
     print("|---" * (1 + 2 * len(dtypes)) + "|")
     for operation, make in OPERATIONS.items():
-        columns = [measure(make, dtype, options.device) for dtype in dtypes.values()]
+        with one_thread():
+            columns = [measure(make, dtype, options.device) for dtype in dtypes.values()]
         for rows in zip(*columns, strict=True):
             cells = [f"{value:.1e}" for _, *errors in rows for value in errors]
             print(f"| {operation}, {rows[0][0]} | " + " | ".join(cells) + " |", flush=True)

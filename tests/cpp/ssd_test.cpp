@@ -10,7 +10,6 @@
 #include <functional>
 #include <iterator>
 #include <limits>
-#include <ostream>
 #include <random>
 #include <string>
 #include <utility>
@@ -24,14 +23,15 @@
 #include "ssd/reference.h"
 #include "support/compare.h"
 #include "support/device_memory.h"
+#include "support/targets.h"
 #include "support/tensor.h"
 
 namespace mamba_native::ssd {
 namespace {
 
 using test::Shape;
+using test::Target;
 using test::Tensor;
-using Isa = mamba_native::cpu::Isa;
 
 // ---- what is computed, and by whom ----
 
@@ -604,95 +604,25 @@ void expect_close(const Backward& got, const Expected& expected, DType dtype) {
 
 // ---- every implementation on every row ----
 
-struct Target {
-  const char* name;
-  Device device;
-  Isa isa;
-};
-
-const Target kTargets[] = {{"plain", test::kCpu, Isa::plain},
-                           {"sse2", test::kCpu, Isa::sse2},
-                           {"avx2", test::kCpu, Isa::avx2},
-                           {"avx512", test::kCpu, Isa::avx512},
-                           {"cuda", test::kCuda, Isa::plain}};
-
-// Why a target cannot run here; empty if it can.
-std::string unavailable(const Target& target) {
-  if (target.device.is_cuda()) {
-    return test::cuda_unavailable();
-  }
-  return target.isa <= mamba_native::cpu::highest_isa() ? "" : "this processor lacks it";
-}
-
-std::string dtype_unavailable(DType dtype) {
-  const bool built = dtype == DType::f16    ? MAMBA_WITH_F16
-                     : dtype == DType::bf16 ? MAMBA_WITH_BF16
-                                            : true;
-  return built ? "" : "built without " + std::string(name(dtype));
-}
-
 RunForward forward_on(const Target& target) {
-  if (target.device.is_cuda()) {
-    return &forward;
-  }
-  const Isa isa = target.isa;
-  return [isa](const ForwardParams& params) { cpu::forward(params, isa); };
+  return test::on<ForwardParams>(target, &forward, &cpu::forward);
 }
 
 RunBackward backward_on(const Target& target) {
-  if (target.device.is_cuda()) {
-    return &backward;
-  }
-  const Isa isa = target.isa;
-  return [isa](const BackwardParams& params) { cpu::backward(params, isa); };
+  return test::on<BackwardParams>(target, &backward, &cpu::backward);
 }
 
-struct Row {
-  Target target;
-  DType dtype;
-  Case problem;
-};
-
-// What gtest prints for a parameter.
-void PrintTo(const Target& target, std::ostream* stream) { *stream << target.name; }
-void PrintTo(const Row& row, std::ostream* stream) {
-  *stream << row.target.name << " " << name(row.dtype) << " " << row.problem.name;
-}
+using Row = test::Row<Case>;
+using Ssd = test::RowTest<Case>;
 
 std::vector<Row> rows(const std::vector<Case>& problems) {
-  std::vector<Row> all;
-  for (const Target& target : kTargets) {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      for (const Case& problem : problems) {
-        if (!target.device.is_cuda() || problem.states <= 256) {  // SsdPlan asks for more
-          all.push_back({target, dtype, problem});
-        }
-      }
-    }
-  }
+  std::vector<Row> all = test::rows(problems);
+  const auto too_wide = [](const Row& row) {  // SsdPlan asks for more
+    return row.target.device.is_cuda() && row.problem.states > 256;
+  };
+  all.erase(std::remove_if(all.begin(), all.end(), too_wide), all.end());
   return all;
 }
-
-std::string row_name(const testing::TestParamInfo<Row>& info) {
-  const DType dtype = info.param.dtype;
-  return std::string(info.param.target.name) + "_" +
-         (dtype == DType::f32   ? "f32_"
-          : dtype == DType::f16 ? "f16_"
-                                : "bf16_") +
-         info.param.problem.name;
-}
-
-class Ssd : public testing::TestWithParam<Row> {
- protected:
-  void SetUp() override {
-    for (const std::string& reason :
-         {unavailable(GetParam().target), dtype_unavailable(GetParam().dtype)}) {
-      if (!reason.empty()) {
-        GTEST_SKIP() << reason;
-      }
-    }
-  }
-};
 
 TEST_P(Ssd, MatchesTheOracle) {
   const Row& row = GetParam();
@@ -705,7 +635,7 @@ TEST_P(Ssd, MatchesTheOracle) {
                expected, row.dtype);
 }
 
-INSTANTIATE_TEST_SUITE_P(Star, Ssd, testing::ValuesIn(rows(star())), row_name);
+INSTANTIATE_TEST_SUITE_P(Star, Ssd, testing::ValuesIn(rows(star())), test::row_name<Case>);
 
 // A kernel that forgot a term must not pass: each is dropped here in turn, on the kernel's side
 // only.
@@ -746,19 +676,12 @@ TEST_P(SsdMutation, ADroppedTermFails) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Base, SsdMutation,
-    testing::ValuesIn(rows({with("limited", [](Case& c) { c.limit_low = 0.05; })})), row_name);
+INSTANTIATE_TEST_SUITE_P(Base, SsdMutation,
+                         testing::ValuesIn(rows({with("limited",
+                                                      [](Case& c) { c.limit_low = 0.05; })})),
+                         test::row_name<Case>);
 
-class SsdIdentity : public testing::TestWithParam<Target> {
- protected:
-  void SetUp() override {
-    const std::string reason = unavailable(GetParam());
-    if (!reason.empty()) {
-      GTEST_SKIP() << reason;
-    }
-  }
-};
+using SsdIdentity = test::TargetTest;
 
 // Steps [begin, end) of a tensor (B, L, ...), forwards or backwards.
 std::vector<double> steps(const Tensor& tensor, std::int64_t begin, std::int64_t end,
@@ -996,9 +919,8 @@ TEST_P(SsdIdentity, CheckpointsAreOptional) {
   EXPECT_EQ(without.last_states.bytes(), with_them.last_states.bytes());
 }
 
-std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
-
-INSTANTIATE_TEST_SUITE_P(Identity, SsdIdentity, testing::ValuesIn(kTargets), target_name);
+INSTANTIATE_TEST_SUITE_P(Identity, SsdIdentity, testing::ValuesIn(test::kTargets),
+                         test::target_name);
 
 // ---- the CPU's own promises ----
 
@@ -1029,8 +951,8 @@ TEST(SsdCpu, ResultsDoNotDependOnTheThreads) {
 
 // A NaN in dt reaches every later output of its head and no other head.
 TEST(SsdCpu, PropagatesNaN) {
-  for (const Target& target : kTargets) {
-    if (target.device.is_cuda() || !unavailable(target).empty()) {
+  for (const Target& target : test::kTargets) {
+    if (target.device.is_cuda() || !test::unavailable(target).empty()) {
       continue;
     }
     const Case problem = with("", [](Case& c) { c.batch = 1; });

@@ -35,7 +35,7 @@ class Case:
     def for_reference(self):
         """The largest part of this case for which plain PyTorch is worth waiting for.
 
-        Autograd's memory traffic through the scan's formula grows with the square of the length.
+        The graph of the scan's formula holds several states of every step.
         """
         if self.op not in ("selective_scan", "ssd", "split_conv"):
             return self

@@ -222,6 +222,8 @@ def selective_scan_ref(
     B, C = _reference_projection(B, A, dim), _reference_projection(C, A, dim)
     decay = torch.exp(delta.unsqueeze(2) * A[None, :, :, None])  # (B, D, N, L)
     drive = (delta * u).unsqueeze(2) * B
+    # Not decay[..., t]: its gradient is as large as decay, at every step.
+    decays, drives = decay.unbind(-1), drive.unbind(-1)
     state = A.new_zeros((batch, *A.shape))
     if initial_states is not None:
         state = initial_states.to(A.dtype)
@@ -231,7 +233,7 @@ def selective_scan_ref(
         if seq_idx is not None and t != steps[0]:
             same = seq_idx[:, t] == seq_idx[:, t - steps.step]
             state = torch.where(same[:, None, None], state, 0)
-        state = decay[..., t] * state + drive[..., t]
+        state = decays[t] * state + drives[t]
         states[t] = state
     y = u.new_zeros(u.shape)
     if length:
