@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "core/cpu/scratch.h"
 #include "core/error.h"
 #include "core/math.h"
 #include "core/parallel_for.h"
@@ -11,6 +12,8 @@
 
 namespace mamba_native::selective_scan::cpu {
 namespace {
+
+using mamba_native::cpu::Scratch;
 
 // About how many slices a call is cut into: enough to keep many cores busy and evenly loaded, few
 // enough to share the conversion of B and C, and in backward the partial sums of dB and dC, among
@@ -25,22 +28,6 @@ constexpr std::int64_t kPartialFloats = std::int64_t{1} << 20;
 const Kernels& kernels_of(Isa isa) {
   return mamba_native::cpu::kernels_for(isa, kSse2Kernels, kAvx2Kernels, kAvx512Kernels);
 }
-
-// Floats aligned to a cache line, so that no vector load straddles two.
-class Scratch {
- public:
-  explicit Scratch(std::int64_t count) : memory_(static_cast<std::size_t>(count + kLine)) {
-    const std::uintptr_t misalignment =
-        reinterpret_cast<std::uintptr_t>(memory_.data()) % (4 * kLine);
-    first_ = memory_.data() + (misalignment == 0 ? 0 : kLine - misalignment / 4);
-  }
-  float* data() { return first_; }
-
- private:
-  static constexpr std::size_t kLine = 16;
-  std::vector<float> memory_;
-  float* first_;
-};
 
 class Slices {
  public:
