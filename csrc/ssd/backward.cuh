@@ -55,34 +55,38 @@ struct BackwardArgs {
 };
 
 // g = dL/dy = dout silu(z) of some steps, into a tile; as load_tile.
-template <class T, int ROWS, int COLUMNS>
+template <int THREADS, int ROWS, int COLUMNS, class T>
 __device__ __forceinline__ void load_gated(T* to, int stride, const BackwardArgs<T>& args, int b,
                                            std::int64_t t, int h, int p, int valid_rows,
-                                           int valid_columns, int thread, int threads) {
+                                           int valid_columns, int thread) {
   const Steps<const T>& dout = args.dout;
   const Steps<const T>& z = args.in.z;
-  const T* const from = dout.at(b, t, h, p);
+  const T* from = dout.at(b, t, h, p);
   if (z.data == nullptr) {
-    load_tile<T, ROWS, COLUMNS>(to, stride, from, dout.step, dout.element, dout.vectorize,
-                                valid_rows, valid_columns, thread, threads);
+    load_tile<THREADS, ROWS, COLUMNS>(to, stride, from, dout.step, dout.element, dout.vectorize,
+                                      valid_rows, valid_columns, thread);
     return;
   }
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-  constexpr int kPerRow = COLUMNS / kVector;
-  const T* const gates = z.at(b, t, h, p);
+  using Vectors = TileVectors<T, COLUMNS, THREADS>;
+  constexpr int kElements = Vectors::kElements;
+  const int row = Vectors::row(thread), column = Vectors::column(thread);
+  to += row * stride + column;
+  from += row * dout.step + column * dout.element;
+  const T* gates = z.at(b, t, h, p) + row * z.step + column * z.element;
 #pragma unroll 1
-  for (int v = thread; v < ROWS * kPerRow; v += threads) {
-    const int r = v / kPerRow, c = v % kPerRow * kVector;
-    const int valid = r < valid_rows ? valid_columns - c : 0;
-    float values[kVector], gate[kVector];
-    load_span<kVector>(from + r * dout.step + c * dout.element, dout.element, valid, dout.vectorize,
-                       values);
-    load_span<kVector>(gates + r * z.step + c * z.element, z.element, valid, z.vectorize, gate);
+  for (int r = row; r < ROWS; r += Vectors::kRows) {
+    const int valid = r < valid_rows ? valid_columns - column : 0;
+    float values[kElements], gate[kElements];
+    load_span<kElements>(from, dout.element, valid, dout.vectorize, values);
+    load_span<kElements>(gates, z.element, valid, z.vectorize, gate);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
+    for (int i = 0; i < kElements; ++i) {
       values[i] *= fast_silu(gate[i]);
     }
-    store_vector<kVector>(to + r * stride + c, values);
+    store_vector<kElements>(to, values);
+    to += Vectors::kRows * stride;
+    from += Vectors::kRows * dout.step;
+    gates += Vectors::kRows * z.step;
   }
 }
 
@@ -165,16 +169,16 @@ __global__ void __launch_bounds__(kStatesWarps* kWarp, kCtas)
     const int steps = static_cast<int>(end - begin);
     const bool is_last = !adjoint && begin / STEPS == (last - 1) / STEPS;  // nobody asks for more
     if (adjoint) {
-      load_gated<T, STEPS, P>(x, kX, args, b, begin, h, p0, steps, channels, thread, kThreads);
+      load_gated<kThreads, STEPS, P>(x, kX, args, b, begin, h, p0, steps, channels, thread);
     } else if (!is_last) {
-      load_tile<T, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
-                             in.x.vectorize, steps, channels, thread, kThreads);
+      load_tile<kThreads, STEPS, P>(x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
+                                    in.x.vectorize, steps, channels, thread);
     }
     if (!is_last) {
       const Steps<const T>& projection = adjoint ? in.C : in.B;
-      load_tile<T, STEPS, N>(B, kB, projection.at(b, begin, group, 0), projection.step,
-                             projection.element, projection.vectorize, steps, in.states, thread,
-                             kThreads);
+      load_tile<kThreads, STEPS, N>(B, kB, projection.at(b, begin, group, 0), projection.step,
+                                    projection.element, projection.vectorize, steps, in.states,
+                                    thread);
       if (warp == 0) {
         decays.prepare(in, b, h, begin, steps);
       }
@@ -185,15 +189,15 @@ __global__ void __launch_bounds__(kStatesWarps* kWarp, kCtas)
     if (at_border) {
       const int window = static_cast<int>(((adjoint ? end - 1 : begin) - args.begin) / STEPS);
       T* const to = (adjoint ? args.leaving : args.entering) + args.state_offset(window, b, h, p0);
-      store_tile<T, P, N>(S, kB, to, args.row, 1, true, channels, args.row, thread, kThreads);
+      store_tile<kThreads, P, N>(S, kB, to, args.row, 1, true, channels, args.row, thread);
     }
     if (is_last) {
       break;
     }
     if (adjoint) {
-      scale_tile<T, STEPS, P>(x, x, kX, AdjointFactor<T, STEPS>{decays}, thread, kThreads);
+      scale_tile<kThreads, STEPS, P>(x, x, kX, AdjointFactor<T, STEPS>{decays}, thread);
     } else {
-      scale_tile<T, STEPS, P>(x, x, kX, DriveFactor<T, STEPS>{decays}, thread, kThreads);
+      scale_tile<kThreads, STEPS, P>(x, x, kX, DriveFactor<T, STEPS>{decays}, thread);
     }
     __syncthreads();
 
@@ -230,18 +234,17 @@ __global__ void __launch_bounds__(kStatesWarps* kWarp, kCtas)
 
 // A state (P, N) into a tile: from the workspace, or where a sequence begins or ends inside of a
 // chunk from row `row` of a tensor; 0 where there is no such row or no tensor.
-template <class T, int P, int N>
+template <int THREADS, int P, int N, class T>
 __device__ __forceinline__ void load_state_tile(T* to, int stride, const BackwardArgs<T>& args,
                                                 const T* between, bool own, const States& from,
-                                                int row, int h, int p0, int channels, int thread,
-                                                int threads) {
+                                                int row, int h, int p0, int channels, int thread) {
   if (!own) {
-    load_tile<T, P, N>(to, stride, between, args.row, 1, true, channels, args.row, thread, threads);
+    load_tile<THREADS, P, N>(to, stride, between, args.row, 1, true, channels, args.row, thread);
     return;
   }
   const bool exists = from.data != nullptr && row >= 0;
 #pragma unroll 1
-  for (int i = thread; i < P * N; i += threads) {
+  for (int i = thread; i < P * N; i += THREADS) {
     const int p = i / N, n = i % N;
     to[p * stride + n] = from_float<T>(
         exists && p < channels && n < args.in.states ? from.at(row, h, p0 + p, n) : 0.0f);
@@ -468,15 +471,15 @@ __device__ __forceinline__ void load_head(HeadTiles<T, STEPS, P, N>& to,
   const std::int64_t state = args.state_offset(window, b, h, p0), end = begin + steps;
   const bool begins_inside = begin % STEPS != 0;
   const bool ends_inside = end % STEPS != 0 && end != in.length;
-  load_state_tile<T, P, N>(to.S, kB, args, args.entering + state, begins_inside, in.initial_states,
-                           begins_inside ? in.sequences.entering(b, begin) : -1, h, p0, channels,
-                           thread, kThreads);
-  load_state_tile<T, P, N>(to.Q, kB, args, args.leaving + state, ends_inside, args.dlast_states,
-                           ends_inside ? in.sequences.leaving(b, end - 1) : -1, h, p0, channels,
-                           thread, kThreads);
-  load_tile<T, STEPS, P>(to.x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
-                         in.x.vectorize, steps, channels, thread, kThreads);
-  load_gated<T, STEPS, P>(to.g, kX, args, b, begin, h, p0, steps, channels, thread, kThreads);
+  load_state_tile<kThreads, P, N>(
+      to.S, kB, args, args.entering + state, begins_inside, in.initial_states,
+      begins_inside ? in.sequences.entering(b, begin) : -1, h, p0, channels, thread);
+  load_state_tile<kThreads, P, N>(
+      to.Q, kB, args, args.leaving + state, ends_inside, args.dlast_states,
+      ends_inside ? in.sequences.leaving(b, end - 1) : -1, h, p0, channels, thread);
+  load_tile<kThreads, STEPS, P>(to.x, kX, in.x.at(b, begin, h, p0), in.x.step, in.x.element,
+                                in.x.vectorize, steps, channels, thread);
+  load_gated<kThreads, STEPS, P>(to.g, kX, args, b, begin, h, p0, steps, channels, thread);
   if (thread / kWarp == kDecayWarp) {
     to.decays.prepare(in, b, h, begin, steps);
   }
@@ -532,10 +535,10 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) chunk_gradients(const Backwar
     clear(dproducts);
     {
       const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
-      load_tile<T, STEPS, N>(B, kB, in.B.at(entry, first + piece, group, 0), in.B.step,
-                             in.B.element, in.B.vectorize, steps, in.states, thread, kThreads);
-      load_tile<T, STEPS, N>(C, kB, in.C.at(entry, first + piece, group, 0), in.C.step,
-                             in.C.element, in.C.vectorize, steps, in.states, thread, kThreads);
+      load_tile<kThreads, STEPS, N>(B, kB, in.B.at(entry, first + piece, group, 0), in.B.step,
+                                    in.B.element, in.B.vectorize, steps, in.states, thread);
+      load_tile<kThreads, STEPS, N>(C, kB, in.C.at(entry, first + piece, group, 0), in.C.step,
+                                    in.C.element, in.C.vectorize, steps, in.states, thread);
       mamba_native::cuda::wait_for_copies();
       __syncthreads();
       if (ScoreSplit::column(warp) <= ScoreSplit::row(warp)) {
@@ -753,9 +756,9 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1) chunk_gradients(const Backwar
         __syncwarp();
         store_fragments(part, stage, kX, lane);
         __syncwarp();
-        store_tile<T, 16, ChannelSplit::kWidth>(stage, kX, args.dx.at(b, begin + s0, h, p0 + c0),
-                                                args.dx.step, args.dx.element, args.dx.vectorize,
-                                                steps - s0, channels - c0, lane, kWarp);
+        store_tile<kWarp, 16, ChannelSplit::kWidth>(
+            stage, kX, args.dx.at(b, begin + s0, h, p0 + c0), args.dx.step, args.dx.element,
+            args.dx.vectorize, steps - s0, channels - c0, lane);
       }
       if (warp == WARPS - 1 && p0 + P >= in.headdim) {
         finish_steps(args, sums, decays, b, h, begin, steps, piece > 0);

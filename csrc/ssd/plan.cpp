@@ -43,6 +43,9 @@ int choose(const char* op, SharedMemory shared_memory, std::int64_t d_state, DTy
        device.minor, "); there are", reasons);
 }
 
+std::int64_t forward_with_one_stage(const Config& config, std::int64_t element) {
+  return forward_shared_memory(config, element, 1);
+}
 std::int64_t gradients_with_one_stage(const Config& config, std::int64_t element) {
   return gradients_shared_memory(config, element, 1);
 }
@@ -78,7 +81,7 @@ std::string describe(const Config& config) {
 }
 
 int choose_forward(std::int64_t d_state, DType dtype, const DeviceInfo& device, int forced) {
-  return choose("ssd_forward", &forward_shared_memory, d_state, dtype, device, forced);
+  return choose("ssd_forward", &forward_with_one_stage, d_state, dtype, device, forced);
 }
 
 int choose_backward(std::int64_t d_state, DType dtype, const DeviceInfo& device, int forced) {
@@ -94,9 +97,14 @@ ForwardPlan plan_forward(const Inputs& in, const DeviceInfo& device) {
   plan.segment = length;
   const Config& config = config_of(plan.config, element);
   const std::int64_t ctas = batch * heads * ceil_div(P, config.headdim);
-  const bool two_fit = 2 * forward_shared_memory(config, element) < device.shared_memory_per_block;
+  // Two CTAs fill each other's waits, which is worth more than a second stage.
+  const auto fit = [&](int ctas_at_once, int stages) {
+    return ctas_at_once * forward_shared_memory(config, element, stages) <
+           device.shared_memory_per_block;
+  };
+  plan.stages = fit(2, 2) || (!fit(2, 1) && fit(1, 2)) ? 2 : 1;
   const std::int64_t wanted =
-      (two_fit ? 2 : 1) * device.multiprocessors / std::max(ctas, std::int64_t{1});
+      (fit(2, 1) ? 2 : 1) * device.multiprocessors / std::max(ctas, std::int64_t{1});
   constexpr std::int64_t kFewest = 2;  // blocks of a segment; fewer are not worth a launch
   const std::int64_t blocks = ceil_div(length, kCheckpointInterval);
   const std::int64_t segments = std::min(wanted, blocks / kFewest);

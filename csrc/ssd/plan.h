@@ -32,12 +32,17 @@ constexpr std::int64_t tile_bytes(std::int64_t rows, std::int64_t columns, std::
   return rows * (columns * element + 16);
 }
 
-// Shared memory of a forward CTA in bytes: x and scaled x, B, C, the state, the scores, the decays
-// and their product.
-constexpr std::int64_t forward_shared_memory(const Config& c, std::int64_t element) {
-  return 2 * tile_bytes(c.steps, c.headdim, element) + 2 * tile_bytes(c.steps, c.states, element) +
-         tile_bytes(c.headdim, c.states, element) + tile_bytes(c.steps, c.steps, element) +
-         (3 * c.steps + 4) * static_cast<std::int64_t>(sizeof(float));
+// Shared memory of a forward CTA in bytes: C, the state, the scores, scaled x, decays for two
+// chunks and what else ForwardTiles of forward.cuh has; for every stage x and B.
+constexpr std::int64_t forward_shared_memory(const Config& c, std::int64_t element, int stages) {
+  constexpr std::int64_t kFloat = sizeof(float);
+  const std::int64_t decays = (element == 2 ? 2 * c.steps + 1 : 3 * c.steps) * kFloat;
+  const std::int64_t chunk = (12 + decays + 7) / 8 * 8;
+  const std::int64_t small = 2 * chunk + 40;
+  const std::int64_t x = tile_bytes(c.steps, c.headdim, element);
+  const std::int64_t B = tile_bytes(c.steps, c.states, element);
+  return B + tile_bytes(c.headdim, c.states, element) + tile_bytes(c.steps, c.steps, element) + x +
+         (small + 15) / 16 * 16 + stages * (x + B);
 }
 
 // Shared memory of backward's CTAs in bytes. States between chunks: x or g, B or C, the state, the
@@ -75,6 +80,7 @@ int choose_backward(std::int64_t d_state, DType dtype, const mamba_native::cuda:
 // as if each began with zero; then every segment carries those before it on.
 struct ForwardPlan {
   int config = 0;
+  int stages = 1;  // chunks whose x and B a CTA holds at once
   int segments = 1;
   std::int64_t segment = 0;  // steps of one, a multiple of kCheckpointInterval if there are several
   std::int64_t states = 0, decays = 0;  // of every segment but the last, in floats of the workspace

@@ -277,49 +277,93 @@ void launch(void (*kernel)(Args), std::int64_t ctas, int warps, std::int64_t sha
 template <class T, int COLUMNS>
 inline constexpr int kRowStride = COLUMNS + 16 / static_cast<int>(sizeof(T));
 
-// Threads `thread` of `threads` bring rows x columns elements in; what is outside of the tensor,
-// from `valid_rows` and `valid_columns` on, is 0. Follow with wait_for_copies() and a barrier.
-template <class T, int ROWS, int COLUMNS>
+// How THREADS threads share a tile's vectors of 16 bytes: each has one column of them, every kRows
+// rows. No arithmetic but additions is left for their loops.
+template <class T, int COLUMNS, int THREADS>
+struct TileVectors {
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kPerRow = COLUMNS / kElements;
+  static constexpr int kRows = THREADS / kPerRow;
+  static_assert(THREADS % kPerRow == 0, "a thread keeps its column");
+
+  static __device__ __forceinline__ int row(int thread) { return thread / kPerRow; }
+  static __device__ __forceinline__ int column(int thread) { return thread % kPerRow * kElements; }
+};
+
+// Thread `thread` of THREADS brings its part of ROWS x COLUMNS elements in; what is outside of the
+// tensor, from `valid_rows` and `valid_columns` on, is 0. Follow with wait_for_copies() and a
+// barrier.
+template <int THREADS, int ROWS, int COLUMNS, class T>
 __device__ __forceinline__ void load_tile(T* to, int stride, const T* from, std::int64_t step,
                                           std::int64_t element, bool vectorize, int valid_rows,
-                                          int valid_columns, int thread, int threads) {
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-  constexpr int kPerRow = COLUMNS / kVector;
-  for (int v = thread; v < ROWS * kPerRow; v += threads) {
-    const int r = v / kPerRow, c = v % kPerRow * kVector;
-    T* const at = to + r * stride + c;
-    if (vectorize && r < valid_rows && c + kVector <= valid_columns) {
-      mamba_native::cuda::copy16_async(at, from + r * step + c);
-    } else if (r >= valid_rows || c >= valid_columns) {
-      *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
+                                          int valid_columns, int thread) {
+  using Vectors = TileVectors<T, COLUMNS, THREADS>;
+  constexpr int kElements = Vectors::kElements;
+  const int row = Vectors::row(thread), column = Vectors::column(thread);
+  to += row * stride + column;
+  from += row * step + column * element;
+  if (vectorize && valid_rows >= ROWS && column + kElements <= valid_columns) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r += Vectors::kRows) {
+      if (ROWS % Vectors::kRows == 0 || row + r < ROWS) {
+        mamba_native::cuda::copy16_async(to + r * stride, from);
+      }
+      from += Vectors::kRows * step;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int r = row; r < ROWS; r += Vectors::kRows) {
+    const int valid = r < valid_rows ? valid_columns - column : 0;
+    if (vectorize && valid >= kElements) {
+      mamba_native::cuda::copy16_async(to, from);
+    } else if (valid <= 0) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        at[i] = c + i < valid_columns ? from[r * step + (c + i) * element] : from_float<T>(0.0f);
+      for (int i = 0; i < kElements; ++i) {
+        to[i] = i < valid ? from[i * element] : from_float<T>(0.0f);
       }
     }
+    to += Vectors::kRows * stride;
+    from += Vectors::kRows * step;
   }
 }
 
-template <class T, int ROWS, int COLUMNS>
+template <int THREADS, int ROWS, int COLUMNS, class T>
 __device__ __forceinline__ void store_tile(const T* from, int stride, T* to, std::int64_t step,
                                            std::int64_t element, bool vectorize, int valid_rows,
-                                           int valid_columns, int thread, int threads) {
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-  constexpr int kPerRow = COLUMNS / kVector;
-  for (int v = thread; v < ROWS * kPerRow; v += threads) {
-    const int r = v / kPerRow, c = v % kPerRow * kVector;
-    const T* const at = from + r * stride + c;
-    if (vectorize && r < valid_rows && c + kVector <= valid_columns) {
-      *reinterpret_cast<uint4*>(to + r * step + c) = *reinterpret_cast<const uint4*>(at);
+                                           int valid_columns, int thread) {
+  using Vectors = TileVectors<T, COLUMNS, THREADS>;
+  constexpr int kElements = Vectors::kElements;
+  const int row = Vectors::row(thread), column = Vectors::column(thread);
+  from += row * stride + column;
+  to += row * step + column * element;
+  if (vectorize && valid_rows >= ROWS && column + kElements <= valid_columns) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r += Vectors::kRows) {
+      if (ROWS % Vectors::kRows == 0 || row + r < ROWS) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + r * stride);
+      }
+      to += Vectors::kRows * step;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int r = row; r < min(ROWS, valid_rows); r += Vectors::kRows) {
+    const int valid = valid_columns - column;
+    if (vectorize && valid >= kElements) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        if (r < valid_rows && c + i < valid_columns) {
-          to[r * step + (c + i) * element] = at[i];
+      for (int i = 0; i < kElements; ++i) {
+        if (i < valid) {
+          to[i * element] = from[i];
         }
       }
     }
+    from += Vectors::kRows * stride;
+    to += Vectors::kRows * step;
   }
 }
 
@@ -340,22 +384,23 @@ struct Split {
 };
 
 // to = from, tiles whose rows have a factor each; they may be the same.
-template <class T, int ROWS, int COLUMNS, class Factor>
+template <int THREADS, int ROWS, int COLUMNS, class T, class Factor>
 __device__ __forceinline__ void scale_tile(T* to, const T* from, int stride, const Factor& factor,
-                                           int thread, int threads) {
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-  constexpr int kPerRow = COLUMNS / kVector;
-  for (int v = thread; v < ROWS * kPerRow; v += threads) {
-    const int r = v / kPerRow;
-    const int at = r * stride + v % kPerRow * kVector;
-    const float by = factor(r);
-    float values[kVector];
-    load_vector<kVector>(from + at, values);
+                                           int thread) {
+  using Vectors = TileVectors<T, COLUMNS, THREADS>;
+  const int row = Vectors::row(thread), at = row * stride + Vectors::column(thread);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[i] *= by;
+  for (int r = 0; r < ROWS; r += Vectors::kRows) {
+    if (ROWS % Vectors::kRows == 0 || row + r < ROWS) {
+      const float by = factor(row + r);
+      float values[Vectors::kElements];
+      load_vector<Vectors::kElements>(from + at + r * stride, values);
+#pragma unroll
+      for (int i = 0; i < Vectors::kElements; ++i) {
+        values[i] *= by;
+      }
+      store_vector<Vectors::kElements>(to + at + r * stride, values);
     }
-    store_vector<kVector>(to + at, values);
   }
 }
 
@@ -405,6 +450,9 @@ __device__ __forceinline__ void load_states(float (&acc)[J][4], const DeviceInpu
   const float* const first = exists ? &from.at(row, h, channel, state) : nullptr;
 #pragma unroll
   for (int j = 0; j < J; ++j) {
+    if (ADD && j == J / 2) {
+      __syncwarp();  // or registers would hold both states at once
+    }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int down = e / 2 * 8, right = 8 * j + e % 2;

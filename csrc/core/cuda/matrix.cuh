@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "core/cuda/math.cuh"
 #include "core/cuda/memory.cuh"
 
 namespace mamba_native::cuda {
@@ -19,6 +20,21 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 #else
   *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all copies of this thread but those of its last GROUPS groups.
+template <int GROUPS>
+__device__ __forceinline__ void wait_for_all_copies_but() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #endif
 }
 
@@ -121,7 +137,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(float (&acc)[J][4], con
   static_assert(J % 2 == 0, "a load of four matrices serves two products");
   constexpr bool kRowsOfA = A_ORDER == Order::along_k;
   constexpr bool kRowsOfB = B_ORDER == Order::along_k;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = recomputed(static_cast<int>(threadIdx.x)) % 32;
   const int low = lane % 16, high = lane / 16 * 8;  // matrices down, then right
   const int across = lane % 8 + lane / 16 * 8, down = lane / 8 % 2 * 8;  // right, then down
   const T* const a_lane = a + (kRowsOfA ? low * a_stride + high : across * a_stride + down);
