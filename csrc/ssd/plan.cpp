@@ -93,7 +93,7 @@ ForwardPlan plan_forward(const Inputs& in, const DeviceInfo& device) {
   const std::int64_t P = in.x.size[3], N = in.B.size[3];
   const std::int64_t element = size_of(in.x.dtype);
   ForwardPlan plan;
-  plan.config = choose_forward(N, in.x.dtype, device);
+  plan.config = choose_forward(N, in.x.dtype, device, in.config);
   plan.segment = length;
   const Config& config = config_of(plan.config, element);
   const std::int64_t ctas = batch * heads * ceil_div(P, config.headdim);
@@ -123,7 +123,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   const std::int64_t groups = params.in.B.size[2], N = params.in.B.size[3];
   const std::int64_t element = size_of(x.dtype);
   BackwardPlan plan;
-  plan.config = choose_backward(N, x.dtype, device);
+  plan.config = choose_backward(N, x.dtype, device, params.in.config);
   const Config& config = config_of(plan.config, element);
   const std::int64_t steps = config.steps;
   plan.stages =

@@ -18,10 +18,11 @@ struct Config {
   int warps;    // of a CTA of backward's gradients, for whose sums they need registers
 };
 
-// 16-bit types, then float32, whose tiles take twice the room.
-inline constexpr Config kConfigs16[] = {{64, 64, 128, 16}, {32, 32, 256, 8}};
-inline constexpr Config kConfigs32[] = {{32, 32, 128, 16}, {16, 16, 256, 8}};
-inline constexpr int kConfigCount = 2;
+// 16-bit types, then float32, whose tiles take twice the room. The second rows are for Turing's 64
+// KB of shared memory.
+inline constexpr Config kConfigs16[] = {{64, 64, 128, 16}, {32, 32, 128, 8}, {32, 32, 256, 8}};
+inline constexpr Config kConfigs32[] = {{32, 32, 128, 16}, {16, 16, 128, 8}, {16, 16, 256, 8}};
+inline constexpr int kConfigCount = 3;
 
 constexpr const Config& config_of(int index, std::int64_t element) {
   return element == 2 ? kConfigs16[index] : kConfigs32[index];

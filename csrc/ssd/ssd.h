@@ -25,7 +25,7 @@
 // Sizes: B batch, L length, H heads, P headdim, G groups of heads that share B and C (H % G == 0),
 // N d_state; P, N, G > 0. B = 0, L = 0 and H = 0 are valid: outputs are empty, last_states are the
 // initial states, sums are 0.
-// On CUDA N is at most 256, and backward's tiles need the shared memory of sm_80 or newer.
+// On CUDA N is at most 256; in backward on sm_75, whose shared memory is small, at most 128.
 //
 // Dtypes: x, B, C, z share one dtype T of float32, float16, bfloat16 (or float64 on the CPU). dt is
 // T or float32. Everything else is float32 (float64 if T is). Arithmetic and state are float32.
@@ -68,6 +68,7 @@ struct Inputs {
   double dt_min = 0.0;  // bounds of delta; its gradient is 0 outside of them
   double dt_max = std::numeric_limits<double>::infinity();
   bool reverse = false;
+  int config = -1;  // row of CUDA's tables of kernels to force (tests, tuning); -1 chooses
 };
 
 struct ForwardParams {

@@ -12,6 +12,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -338,6 +339,7 @@ struct Data {
   DType dt_dtype = DType::f32;
   bool softplus = false;
   bool reverse = false;
+  int config = -1;
   double limit_low = 0.0;
   double limit_high = std::numeric_limits<double>::infinity();
   std::int64_t sequences = 0;
@@ -376,6 +378,7 @@ struct Data {
     in.dt_min = limit_low;
     in.dt_max = limit_high;
     in.reverse = reverse;
+    in.config = config;
     return in;
   }
 
@@ -636,6 +639,48 @@ TEST_P(Ssd, MatchesTheOracle) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Star, Ssd, testing::ValuesIn(rows(star())), test::row_name<Case>);
+
+#if MAMBA_WITH_CUDA
+// Every row of CUDA's tables is right on every problem that it can run, chosen or not.
+class SsdCudaConfig : public testing::TestWithParam<std::tuple<DType, int>> {};
+
+TEST_P(SsdCudaConfig, MatchesTheOracle) {
+  const std::string reason = test::cuda_unavailable();
+  if (!reason.empty()) {
+    GTEST_SKIP() << reason;
+  }
+  const DType dtype = std::get<0>(GetParam());
+  const int config = std::get<1>(GetParam());
+  int ran = 0;
+  for (const Case& c : star()) {
+    SCOPED_TRACE(c.name);
+    const Data host = make(c, dtype);
+    const Config& row = config_of(config, size_of(dtype));
+    if (c.states > row.states) {
+      continue;
+    }
+    ++ran;
+    Data p = host.to(dtype, test::kCuda);
+    p.config = config;
+    const Expected expected(host);
+    const Forward result = run_forward(p, test::kCuda, [](const ForwardParams& q) { forward(q); });
+    expect_close(result, expected, dtype);
+    expect_close(
+        run_backward(
+            p, test::kCuda, [](const BackwardParams& q) { backward(q); }, result.checkpoints),
+        expected, dtype);
+  }
+  EXPECT_GT(ran, 0) << "no problem of the star can run this row";
+}
+
+INSTANTIATE_TEST_SUITE_P(Config, SsdCudaConfig,
+                         testing::Combine(testing::Values(DType::f32, DType::f16, DType::bf16),
+                                          testing::Range(0, kConfigCount)),
+                         [](const testing::TestParamInfo<std::tuple<DType, int>>& info) {
+                           return std::string("cuda_") + test::short_name(std::get<0>(info.param)) +
+                                  "_" + std::to_string(std::get<1>(info.param));
+                         });
+#endif
 
 // A kernel that forgot a term must not pass: each is dropped here in turn, on the kernel's side
 // only.
@@ -1313,7 +1358,7 @@ TEST(SsdPlan, TheSmallestTilesThatHoldTheStatesRun) {
     for (const int shared_memory : {kAda, kHopper}) {
       const mamba_native::cuda::DeviceInfo device = device_with(shared_memory);
       for (const std::int64_t d_state : {1, 16, 64, 128, 129, 256}) {
-        const int expected = d_state <= 128 ? 0 : 1;
+        const int expected = d_state <= 128 ? 0 : 2;
         EXPECT_EQ(choose_forward(d_state, dtype, device), expected) << d_state;
         EXPECT_EQ(choose_backward(d_state, dtype, device), expected) << d_state;
       }
@@ -1321,22 +1366,27 @@ TEST(SsdPlan, TheSmallestTilesThatHoldTheStatesRun) {
   }
 }
 
-TEST(SsdPlan, TuringRunsForwardsTilesThatFit) {
-  EXPECT_EQ(choose_forward(64, DType::f16, device_with(kTuring)), 1);
-  EXPECT_EQ(choose_forward(128, DType::f16, device_with(kTuring)), 1);
-  EXPECT_EQ(choose_forward(256, DType::f32, device_with(kTuring)), 1);
-  try {
-    choose_backward(128, DType::f16, device_with(kTuring));
-    FAIL() << "backward's tiles do not fit";
-  } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find("bytes of shared memory, the device has 65536"),
-              std::string::npos)
-        << error.what();
+TEST(SsdPlan, TuringRunsTilesThatFit) {
+  const mamba_native::cuda::DeviceInfo turing = device_with(kTuring);
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (const std::int64_t d_state : {1, 64, 128}) {
+      EXPECT_EQ(choose_forward(d_state, dtype, turing), 1);
+      EXPECT_EQ(choose_backward(d_state, dtype, turing), 1);
+    }
+    EXPECT_EQ(choose_forward(256, dtype, turing), 2);
+    try {
+      choose_backward(256, dtype, turing);
+      ADD_FAILURE() << "backward's tiles of 256 states do not fit";
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find("bytes of shared memory, the device has 65536"),
+                std::string::npos)
+          << error.what();
+    }
   }
 }
 
 TEST(SsdPlan, AForcedRowRunsOrSaysWhyNot) {
-  EXPECT_EQ(choose_forward(64, DType::bf16, device_with(kHopper), 1), 1);
+  EXPECT_EQ(choose_forward(64, DType::bf16, device_with(kHopper), 2), 2);
   EXPECT_NE(forward_refusal(129, DType::bf16, kHopper, 0).find("it holds 128 states at most"),
             std::string::npos);
   EXPECT_NE(forward_refusal(128, DType::bf16, kTuring, 0).find("bytes of shared memory"),
@@ -1374,6 +1424,12 @@ TEST(SsdPlan, ForwardCutsTimeWhereThereAreFewHeads) {
   EXPECT_EQ(eight.segment, 2048);
   EXPECT_EQ(eight.size, 0);
   EXPECT_EQ(plan_forward(inputs_of(1, 700), device).segments, 1);
+}
+
+TEST(SsdPlan, ForwardHoldsTwoChunksWhereTwoCtasHaveRoomForThem) {
+  EXPECT_EQ(plan_forward(inputs_of(1, 2048), device_with(kHopper)).stages, 2);
+  EXPECT_EQ(plan_forward(inputs_of(1, 2048), device_with(163 * 1024)).stages, 1);
+  EXPECT_EQ(plan_forward(inputs_of(1, 2048), device_with(kAda)).stages, 1);
 }
 
 TEST(SsdPlan, BackwardSharesHeadsWhereThereAreFewChunks) {
