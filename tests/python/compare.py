@@ -64,13 +64,18 @@ def _is_number(tensor):
 
 
 def evaluate(function, tensors, cotangents=None):
-    """function(**tensors) -> tuple. Returns ({"out0": ...}, {"d<name>": ...}, the cotangents used)."""
+    """function(**tensors) -> tuple. Returns ({"out0": ...}, {"d<name>": ...}, the cotangents used).
+
+    Cotangents are drawn on the CPU, so that every device is judged by the same: a gradient of a few numbers, each a
+    sum over batch and time (dA, dD), is as exact as its draw lets cancel.
+    """
     leaves = {
         name: t.detach().requires_grad_() if t is not None and _is_number(t) else t
         for name, t in tensors.items()
     }
     outputs = function(**leaves)
-    cotangents = [torch.randn_like(o) for o in outputs] if cotangents is None else cotangents
+    if cotangents is None:
+        cotangents = [torch.randn(o.shape, dtype=o.dtype).to(o.device) for o in outputs]
     wanted = [name for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad]
     gradients = torch.autograd.grad(
         outputs, [leaves[name] for name in wanted], cotangents, allow_unused=True

@@ -30,6 +30,9 @@ def _why_not_cuda():
 
 
 def pytest_configure(config):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # else every worker's references would have threads for all cores
+        torch.set_num_threads(max(2, torch.get_num_threads() // workers))
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "large: needs 60 GB of its memory; runs with -m large")
 

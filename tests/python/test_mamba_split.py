@@ -295,7 +295,7 @@ def test_nothing_but_the_arguments_is_kept(device):
 
 @pytest.mark.gpu
 def test_memory_of_a_training_step():
-    """Kept: nothing beside the arguments and the result. Most at once: ten times the bytes of x."""
+    """Kept: nothing beside the arguments and the result. Most at once: 13 times the bytes of x."""
     heads, headdim, d_state, length = 24, 64, 128, 2048
     tensors, options = problem(
         "cuda", torch.bfloat16, heads, headdim, 1, d_state, length=length, out=False, norm=False
@@ -314,7 +314,7 @@ def test_memory_of_a_training_step():
     assert torch.cuda.memory_allocated() - before <= 1.01 * x_bytes
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(out, leaves.values(), torch.ones_like(out))
-    assert torch.cuda.max_memory_allocated() - before < 10 * x_bytes
+    assert torch.cuda.max_memory_allocated() - before < 13 * x_bytes
 
 
 @pytest.mark.parametrize("empty", [(0, 5), (2, 0)], ids=str)

@@ -76,7 +76,7 @@ def problem(
 
 
 def plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, reverse=False, seq_idx=None):
-    """The formula one step at a time: parameters' gradients are summed over time in order, in the inputs' dtype.
+    """The formula one step at a time: gradients are summed over time and channels in order, in the inputs' dtype.
 
     Autograd sums the reference's in pairs, which no kernel can afford and which would be too fine a yardstick.
     """
@@ -86,7 +86,10 @@ def plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, reverse=Fals
             torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) if t.dim() == 4 else t
             for t in (B, C)
         )
-    repeat = [t.repeat_interleave(dim // t.shape[1], dim=1) if t.dim() == 4 else t for t in (B, C)]
+    repeat = [
+        t.index_select(1, torch.arange(dim) // (dim // t.shape[1])) if t.dim() == 4 else t
+        for t in (B, C)
+    ]
     state = initial_states if initial_states is not None else A.new_zeros(batch, *A.shape)
     outs = [None] * length
     order = range(length - 1, -1, -1) if reverse else range(length)

@@ -72,8 +72,10 @@ def problem(
     headdim=12,
     groups=2,
     d_state=10,
+    dt_bias=(-3, -1),
     seed=0,
 ):
+    """Arguments by name, of any device the same; dt_bias: its smallest and largest value."""
     random = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -89,7 +91,7 @@ def problem(
         "C": uniform(batch, length, groups, d_state),
         "D": uniform(heads, dtype=wide),
         "z": uniform(batch, length, heads, headdim, low=-2, high=2),
-        "dt_bias": uniform(heads, low=-3, high=-1, dtype=wide),
+        "dt_bias": uniform(heads, low=dt_bias[0], high=dt_bias[1], dtype=wide),
         "initial_states": uniform(batch, heads, headdim, d_state, dtype=wide),
     }
 
@@ -116,7 +118,7 @@ ROWS = {
     "headdim_64_d_state_128": ({"headdim": 64, "d_state": 128}, {}),
     "d_state_1": ({"d_state": 1}, {}),
     "dt_limit": ({}, {"dt_limit": (0.05, 0.2)}),
-    "no_softplus": ({}, {"dt_softplus": False, "dt_limit": (0.01, 0.3)}),
+    "no_softplus": ({"dt_bias": (0, 0.2)}, {"dt_softplus": False, "dt_limit": (0.01, 0.8)}),
     "reverse": ({}, {"reverse": True}),
 }
 
@@ -493,8 +495,10 @@ def test_opcheck(device):
 def test_compiles_without_graph_breaks(device):
     t = problem(device=device, length=20)
 
+    one_sequence = torch.zeros(2, 20, dtype=torch.int32, device=device)
+
     def loss(x, A):
-        out, final = scan(**t | {"x": x, "A": A}, seq_idx=torch.zeros(2, 20, dtype=torch.int32))
+        out, final = scan(**t | {"x": x, "A": A}, seq_idx=one_sequence)
         return out.square().sum() + final.sum()
 
     leaves = [t[name].clone().requires_grad_() for name in ("x", "A")]
