@@ -27,7 +27,8 @@ bool constant_over(const TensorView& tensor, int dim) {
   return tensor.size[dim] <= 1 || tensor.stride[dim] == 0;
 }
 
-// Everything of one thread; zero-filled once, so that the padding stays zero.
+// Everything of one thread; zero-filled once, so that the padding of B and C stays zero, and what A
+// has there is finite.
 struct Scratch {
   explicit Scratch(std::int64_t padded, bool tied)
       : B(static_cast<std::size_t>(padded)),
@@ -36,6 +37,7 @@ struct Scratch {
   std::vector<float> B;
   std::vector<float> C;
   std::vector<float> A;
+  std::int64_t A_head = -1, A_first = -1;  // the rows that A has
   float x[kBlock] = {};
   float delta[kBlock] = {};
   float D[kBlock] = {};
@@ -93,19 +95,28 @@ void update_block(const Params& params, Kernel kernel, bool tied, std::int64_t b
     rows.B = scratch.B.data();
     rows.C = scratch.C.data();
     const std::int64_t a_offset = h * params.A.stride[0] + first * params.A.stride[1];
-    if (params.A.dtype == DType::f32 && (tied || (params.A.stride[2] == 1 && d_state == padded))) {
+    rows.log_A = nullptr;
+    if (params.A.dtype == DType::f32 && !params.A_is_log &&
+        (tied || (params.A.stride[2] == 1 && d_state == padded))) {
       rows.A = params.A.as<const float>() + a_offset;
       rows.A_row_stride = tied ? 0 : params.A.stride[1];
     } else {
-      for (std::int64_t i = 0; i < (tied ? 1 : count); ++i) {
-        gather(params.A, a_offset + i * params.A.stride[1], params.A.stride[2], tied ? 1 : d_state,
-               scratch.A.data() + i * padded);
+      if (scratch.A_head != h || scratch.A_first != first) {
+        for (std::int64_t i = 0; i < (tied ? 1 : count); ++i) {
+          gather(params.A, a_offset + i * params.A.stride[1], params.A.stride[2],
+                 tied ? 1 : d_state, scratch.A.data() + i * padded);
+        }
+        scratch.A_head = h;
+        scratch.A_first = first;
+        rows.log_A = params.A_is_log ? scratch.A.data() : nullptr;
       }
       rows.A = scratch.A.data();
       rows.A_row_stride = tied ? 0 : padded;
     }
     rows.tied = tied;
     rows.dt_softplus = params.dt_softplus;
+    rows.dt_min = static_cast<float>(params.dt_min);
+    rows.dt_max = static_cast<float>(params.dt_max);
     rows.x = scratch.x;
     rows.delta = scratch.delta;
     rows.D = params.D.present() ? scratch.D : nullptr;
@@ -137,11 +148,14 @@ void update(const Params& params, Isa isa) {
   const bool tied = constant_over(params.A, 1) && constant_over(params.A, 2);
   // Below some 10^5 states a second thread costs more than it brings.
   const std::int64_t grain = ceil_div(std::int64_t{1} << 17, kBlock * d_state);
-  parallel_for(params.x.size[0] * heads * blocks, grain, [&](std::int64_t begin, std::int64_t end) {
+  // The batch goes fastest, because A is the same for it.
+  const std::int64_t batch = params.x.size[0];
+  parallel_for(batch * heads * blocks, grain, [&](std::int64_t begin, std::int64_t end) {
     Scratch scratch(ceil_div(d_state, kPad) * kPad, tied);
     for (std::int64_t i = begin; i < end; ++i) {
-      update_block(params, kernel, tied, i / blocks / heads, i / blocks % heads,
-                   i % blocks * kBlock, scratch);
+      const std::int64_t block = i / batch;
+      update_block(params, kernel, tied, i % batch, block / blocks, block % blocks * kBlock,
+                   scratch);
     }
   });
 }

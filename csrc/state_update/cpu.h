@@ -30,7 +30,9 @@ struct Rows {
   const float* A;  // one value when `tied`, otherwise rows of padded N
   std::int64_t A_row_stride;
   bool tied;
+  float* log_A;  // if not null, the same as A, and the kernel has to make it -exp of what it is
   bool dt_softplus;
+  float dt_min, dt_max;
   const float* x;  // (kBlock), as the rest: only the first `count` matter
   float* delta;    // dt + dt_bias on entry
   const float* D;  // null when absent

@@ -2,7 +2,7 @@
 //
 //   s' = s exp(delta A) + (delta x) B,   out = (sum_n s' C + D x) silu?(z)
 //
-// softplus and silu run first and last over all rows of the block, rows across the lanes.
+// delta and silu come first and last for all rows of the block, rows across the lanes.
 #pragma once
 
 #include "core/cpu/simd.h"
@@ -44,10 +44,17 @@ template <class Arch, class T>
 void update_typed_rows(const Rows& rows) {
   using V = Vec<Arch>;
   constexpr std::int64_t kStep = kLanes<Arch>;
-  if (rows.dt_softplus) {
-    for (std::int64_t i = 0; i < rows.count; i += kStep) {
-      mamba_native::cpu::softplus<Arch>(V::load_unaligned(rows.delta + i))
-          .store_unaligned(rows.delta + i);
+  const V low(rows.dt_min), high(rows.dt_max);
+  for (std::int64_t i = 0; i < rows.count; i += kStep) {
+    const V raw = V::load_unaligned(rows.delta + i);
+    const V free = rows.dt_softplus ? mamba_native::cpu::softplus<Arch>(raw) : raw;
+    xsimd::select(free < low, low, xsimd::select(free > high, high, free))
+        .store_unaligned(rows.delta + i);
+  }
+  if (rows.log_A != nullptr) {
+    const std::int64_t values = rows.tied ? kStep : rows.count * rows.A_row_stride;
+    for (std::int64_t i = 0; i < values; i += kStep) {
+      (-xsimd::exp(V::load_unaligned(rows.log_A + i))).store_unaligned(rows.log_A + i);
     }
   }
   for (std::int64_t p = 0; p < rows.count; ++p) {

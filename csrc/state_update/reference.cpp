@@ -1,5 +1,6 @@
 #include "state_update/reference.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/math.h"
@@ -40,12 +41,16 @@ void update(const Params& params) {
           if (params.dt_softplus) {
             delta = softplus(delta);
           }
+          delta = std::min(std::max(delta, static_cast<Scalar>(params.dt_min)),
+                           static_cast<Scalar>(params.dt_max));
           for (std::int64_t n = 0; n < d_state; ++n) {
             const std::int64_t offset = entry * state.stride[0] + h * state.stride[1] +
                                         p * state.stride[2] + n * state.stride[3];
             const Scalar old = static_cast<Scalar>(load_double(state.data, state.dtype, offset));
-            const Scalar updated = old * std::exp(delta * at<Scalar>(params.A, h, p, n)) +
-                                   delta * at<Scalar>(params.B, b, g, n) * x;
+            const Scalar stored_a = at<Scalar>(params.A, h, p, n);
+            const Scalar A = params.A_is_log ? -std::exp(stored_a) : stored_a;
+            const Scalar updated =
+                old * std::exp(delta * A) + delta * at<Scalar>(params.B, b, g, n) * x;
             y += static_cast<Sum>(updated * at<Scalar>(params.C, b, g, n));
             store_float(state.data, state.dtype, offset, static_cast<double>(updated));
           }

@@ -84,6 +84,8 @@ void validate(const Params& p) {
     check_input("dt_bias", p.dt_bias, device, is_double);
     check_shape(kOp, "dt_bias", p.dt_bias, {heads, headdim});
   }
+  MAMBA_CHECK(p.dt_min <= p.dt_max, kOp, ": dt_limit must be (smallest, largest), got (", p.dt_min,
+              ", ", p.dt_max, ")");
   check_device(kOp, "out", p.out, device);
   check_dtype(kOp, "out", p.out, p.x.dtype);
   check_token_shape(p, "out", p.out, heads, headdim);

@@ -2,9 +2,10 @@
 //
 // For every batch b, token t in order, head h, row p and state n, with g = h / (H / G) and s the
 // row of `state` for b:
-//   delta        = softplus?(dt[b,t,h,p] + dt_bias[h,p])
+//   delta        = min(max(softplus?(dt[b,t,h,p] + dt_bias[h,p]), dt_min), dt_max)
 //   state'[p,n]  = state[s,h,p,n] exp(delta A[h,p,n]) + delta B[b,t,g,n] x[b,t,h,p]
 //   out[b,t,h,p] = (sum_n state'[p,n] C[b,t,g,n] + D[h,p] x[b,t,h,p]) silu?(z[b,t,h,p])
+// With A_is_log the decay rate is -exp(A) instead of A: layers keep log(-A) as their parameter.
 // The output uses the float32 state'; then state' is rounded to state's dtype and stored. It is
 // rounded after every token, so that T tokens at once give the bits of T calls.
 //
@@ -15,6 +16,8 @@
 // over (P, N) take the fast path of Mamba-2 (one decay a head). Errors: mamba_native::Error naming
 // the argument, before memory is touched.
 #pragma once
+
+#include <limits>
 
 #include "core/tensor.h"
 
@@ -37,6 +40,9 @@ struct Params {
                                    // state is touched. Two equal ones race.
   TensorView out;                  // shaped and typed as x
   bool dt_softplus = false;
+  bool A_is_log = false;
+  double dt_min = -std::numeric_limits<double>::infinity();  // bounds of delta
+  double dt_max = std::numeric_limits<double>::infinity();
   void* stream = nullptr;  // cudaStream_t
 };
 

@@ -1,6 +1,6 @@
 // One decode step of the selective state space on CUDA.
 //
-//   delta = softplus?(dt + dt_bias)
+//   delta = min(max(softplus?(dt + dt_bias), dt_min), dt_max)
 //   s'    = s exp(delta A) + (delta x) B          for every row p and state n of a head
 //   out   = (sum_n s' C + D x) silu?(z)
 //
@@ -49,12 +49,15 @@ inline constexpr int kMaxThreads = 128;
 inline constexpr int kBlocksPerMultiprocessor = 4;
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// How the heads' rows are cut into tiles, and which of B and C move as vectors along N.
+// How the heads' rows are cut into tiles, which of B and C move as vectors along N, and dt's
+// limits.
 struct Access {
   unsigned tiles;  // of a head
   unsigned heads_per_group;
   bool B;
   bool C;
+  float dt_min;
+  float dt_max;
 };
 
 __device__ __forceinline__ bool present(const TensorView& tensor) { return tensor.dim >= 0; }
@@ -91,6 +94,17 @@ __device__ __forceinline__ bool is_entry(const Params& params, std::int64_t entr
 // The output of a batch without a state: 0 for padding, NaN for an entry that does not exist.
 __device__ __forceinline__ float filler(std::int64_t entry) {
   return entry < 0 ? 0.0f : __uint_as_float(0x7fffffffu);
+}
+
+// delta of dt + dt_bias. What is no number stays none.
+__device__ __forceinline__ float delta_of(const Params& params, const Access& access, float raw) {
+  const float free = params.dt_softplus ? softplus(raw) : raw;
+  return free < access.dt_min ? access.dt_min : free > access.dt_max ? access.dt_max : free;
+}
+
+// A of what is stored for it.
+__device__ __forceinline__ float rate_of(const Params& params, float A) {
+  return params.A_is_log ? -expf(A) : A;
 }
 
 // state (entries, H, P, N) of SIZE bytes an element; x, dt, z, out (B, H, P); A (H, P, N); B, C (B,
@@ -205,11 +219,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
       if (present(params.dt_bias)) {
         delta += bits_to_float(bias_bits, params.dt_bias.dtype);
       }
-      if (params.dt_softplus) {
-        delta = softplus(delta);
-      }
+      delta = delta_of(params, access, delta);
       if constexpr (TIED) {
-        decay = expf(delta * bits_to_float(tied_a_bits, params.A.dtype));
+        decay = expf(delta * rate_of(params, bits_to_float(tied_a_bits, params.A.dtype)));
       }
     }
 
@@ -235,7 +247,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
         to_floats(a_stored[i], params.A.dtype, A);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-          s[j] = fmaf(s[j], expf(row_delta * A[j]), drive * B[j]);
+          s[j] = fmaf(s[j], expf(row_delta * rate_of(params, A[j])), drive * B[j]);
           y[i] = fmaf(s[j], C[j], y[i]);
         }
       }
@@ -303,13 +315,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     delta +=
         load_weight(params.dt_bias.data, params.dt_bias.dtype, offset_of(params.dt_bias, h, p));
   }
-  if (params.dt_softplus) {
-    delta = softplus(delta);
-  }
+  delta = delta_of(params, access, delta);
   float y = 0.0f;
   for (std::int64_t n = lane; n < params.state.size[3]; n += 32) {
     const std::int64_t offset = offset_of(params.state, entry, h, p) + n * params.state.stride[3];
-    const float A = load_weight(params.A.data, params.A.dtype, offset_of(params.A, h, p, n));
+    const float A =
+        rate_of(params, load_weight(params.A.data, params.A.dtype, offset_of(params.A, h, p, n)));
     const float B = load_weight(params.B.data, params.B.dtype, offset_of(params.B, b, g, n));
     const float C = load_weight(params.C.data, params.C.dtype, offset_of(params.C, b, g, n));
     const float s = fmaf(load_weight(params.state.data, params.state.dtype, offset),
@@ -337,9 +348,10 @@ void launch(const Params& params, int warps) {
   const std::int64_t blocks = ceil_div(params.x.size[1] * tiles, warps);
   MAMBA_CHECK(blocks * warps < std::int64_t{1} << 31,
               "selective_state_update: more than 2^31 tiles of rows");
-  const Access access{static_cast<unsigned>(tiles),
-                      static_cast<unsigned>(params.x.size[1] / params.B.size[1]),
-                      moves_vectors(params.B, kVector), moves_vectors(params.C, kVector)};
+  const Access access{
+      static_cast<unsigned>(tiles),      static_cast<unsigned>(params.x.size[1] / params.B.size[1]),
+      moves_vectors(params.B, kVector),  moves_vectors(params.C, kVector),
+      static_cast<float>(params.dt_min), static_cast<float>(params.dt_max)};
   const std::int64_t batch = params.x.size[0];
   const std::int64_t batch_y = std::min<std::int64_t>(batch, 65535);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch_y),

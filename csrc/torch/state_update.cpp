@@ -9,6 +9,7 @@ namespace {
 Tensor selective_state_update(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A,
                               const Tensor& B, const Tensor& C, const Optional& D,
                               const Optional& z, const Optional& dt_bias, bool dt_softplus,
+                              bool A_is_log, double dt_min, double dt_max,
                               const Optional& state_batch_indices) {
   constexpr char kOp[] = "selective_state_update";
   state_update::Params params;
@@ -26,6 +27,9 @@ Tensor selective_state_update(Tensor state, const Tensor& x, const Tensor& dt, c
   params.state_batch_indices = view(kOp, "state_batch_indices", state_batch_indices);
   params.out = view(kOp, "out", out);
   params.dt_softplus = dt_softplus;
+  params.A_is_log = A_is_log;
+  params.dt_min = dt_min;
+  params.dt_max = dt_max;
   params.stream = scope.stream();
   state_update::update(params);
   return out;
@@ -37,8 +41,8 @@ Tensor selective_state_update(Tensor state, const Tensor& x, const Tensor& dt, c
 STABLE_TORCH_LIBRARY_FRAGMENT(mamba_native, m) {
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
-      "Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> "
-      "Tensor");
+      "Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, bool A_is_log, float dt_min, "
+      "float dt_max, Tensor? state_batch_indices) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_native, CPU, m) {

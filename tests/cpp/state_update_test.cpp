@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <functional>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -48,7 +49,10 @@ struct Case {
   bool misaligned = false;        // contiguous, from an odd element on
   bool state_f32 = false;         // whatever the dtype of the rest
   bool parameters_alike = false;  // A, D and dt_bias in the dtype of the rest, not float32
-  DType index = DType::f32;       // i32 or i64: gathered, with padding
+  bool logarithm = false;         // A holds log(-A)
+  double dt_min = -std::numeric_limits<double>::infinity();
+  double dt_max = std::numeric_limits<double>::infinity();
+  DType index = DType::f32;  // i32 or i64: gathered, with padding
   double dt_low = -2.0;
   double dt_high = 1.0;
 };
@@ -58,6 +62,12 @@ Case with(const std::string& name, const std::function<void(Case&)>& change) {
   row.name = name;
   change(row);
   return row;
+}
+
+// Both limits hold for some rows, and neither for others.
+void limit(Case& c) {
+  c.dt_min = 0.1;
+  c.dt_max = 0.4;
 }
 
 // The base row, then rows that change one thing.
@@ -94,6 +104,36 @@ std::vector<Case> star() {
       with("misaligned", [](Case& c) { c.misaligned = true; }),
       with("state_f32", [](Case& c) { c.state_f32 = true; }),
       with("parameters_alike", [](Case& c) { c.parameters_alike = true; }),
+      with("logarithm", [](Case& c) { c.logarithm = true; }),
+      with("logarithm_alike", [](Case& c) { c.logarithm = c.parameters_alike = true; }),
+      with("logarithm_strided", [](Case& c) { c.logarithm = c.strided = true; }),
+      with("logarithm_states_5",
+           [](Case& c) {
+             c.logarithm = true;
+             c.states = 5;
+           }),
+      with("tied_logarithm",
+           [](Case& c) {
+             c.logarithm = c.tied = true;
+             c.states = 128;
+           }),
+      with("limits", limit),
+      with("limits_strided",
+           [](Case& c) {
+             limit(c);
+             c.strided = true;
+           }),
+      with("limits_no_softplus",
+           [](Case& c) {
+             limit(c);
+             c.softplus = c.bias = false;
+           }),
+      with("tied_limits",
+           [](Case& c) {
+             limit(c);
+             c.tied = true;
+             c.states = 128;
+           }),
       with("indices_i32", [](Case& c) { c.index = DType::i32; }),
       with("indices_i64", [](Case& c) { c.index = DType::i64; }),
       with("tied_indices",
@@ -148,6 +188,9 @@ struct Problem {
   DType dtype = DType::f32;
   bool softplus = false;
   Tensor state, x, dt, A, B, C, D, z, bias, indices;
+  bool logarithm = false;
+  double dt_min = -std::numeric_limits<double>::infinity();
+  double dt_max = std::numeric_limits<double>::infinity();
 
   // A copy, in float64 or as it is.
   Problem to(bool exact, Device device) const {
@@ -165,7 +208,10 @@ struct Problem {
             copy(D),
             copy(z),
             copy(bias),
-            indices.to(indices.dtype(), device)};
+            indices.to(indices.dtype(), device),
+            logarithm,
+            dt_min,
+            dt_max};
   }
 };
 
@@ -180,11 +226,15 @@ Problem make(const Case& c, DType dtype, unsigned seed = 1) {
   Problem p;
   p.dtype = dtype;
   p.softplus = c.softplus;
+  p.logarithm = c.logarithm;
+  p.dt_min = c.dt_min;
+  p.dt_max = c.dt_max;
   p.state = uniform(c.state_f32 ? DType::f32 : dtype,
                     shape_of(c, {gathered ? 2 * B + 1 : B, H, P, N}), -1, 1);
   p.x = uniform(dtype, shape_of(c, {B, H, P}), -1, 1);
   p.dt = uniform(dtype, shape_of(c, {B, H, P}, 2), c.dt_low, c.dt_high);
-  p.A = uniform(parameter, shape_of(c, {H, P, N}, 1), -8, -0.5);
+  p.A =
+      uniform(parameter, shape_of(c, {H, P, N}, 1), c.logarithm ? -1 : -8, c.logarithm ? 2 : -0.5);
   p.B = uniform(dtype, shape_of(c, {B, G, N}), -1, 1);
   p.C = uniform(dtype, shape_of(c, {B, G, N}), -1, 1);
   if (c.skip) {
@@ -225,6 +275,9 @@ Params params_of(const Problem& p) {
   params.dt_bias = p.bias.view();
   params.state_batch_indices = p.indices.view();
   params.dt_softplus = p.softplus;
+  params.A_is_log = p.logarithm;
+  params.dt_min = p.dt_min;
+  params.dt_max = p.dt_max;
   return params;
 }
 
@@ -344,10 +397,15 @@ TEST_P(StateUpdateTarget, NoticesADroppedTerm) {
       {"C", [](Params& p) { p.C = p.B; }},
       {"x", [](Params& p) { p.x = p.z; }},
       {"A", [](Params& p) { p.A.stride[0] = 0; }},
+      {"A_is_log", [](Params& p) { p.A_is_log = false; }},
+      {"dt_min", [](Params& p) { p.dt_min = -1; }},
+      {"dt_max", [](Params& p) { p.dt_max = 9; }},
   };
   for (const bool tied : {false, true}) {
     const Problem p = make(with("mutation",
                                 [&](Case& c) {
+                                  limit(c);
+                                  c.logarithm = true;
                                   c.tied = tied;
                                   c.states = 64;
                                 }),
@@ -718,6 +776,12 @@ TEST(StateUpdateErrors, BadInputNamesTheArgumentAndTouchesNothing) {
       {"D must have shape", [](Params& p) { p.D.size[1] -= 1; }},
       {"z must have shape", [](Params& p) { p.z.size[2] += 1; }},
       {"dt_bias must have shape", [](Params& p) { p.dt_bias.dim = 1; }},
+      {"dt_limit must be (smallest, largest), got (2, 1)",
+       [](Params& p) {
+         p.dt_min = 2;
+         p.dt_max = 1;
+       }},
+      {"dt_limit must be", [](Params& p) { p.dt_min = std::nan(""); }},
       {"out must be float32", [](Params& p) { p.out.dtype = DType::f16; }},
       {"out must have shape", [](Params& p) { p.out = TensorView(); }},
       {"out is written", [](Params& p) { p.out.stride[0] = 0; }},

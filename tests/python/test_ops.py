@@ -114,6 +114,9 @@ def _state_update(device):
         "z": r(device, 3, 2, 6),
         "dt_bias": r(device, 2, 6),
         "dt_softplus": True,
+        "A_is_log": False,
+        "dt_min": 0.1,
+        "dt_max": 0.9,
         "state_batch_indices": torch.tensor([2, -1, 0], dtype=torch.int32, device=device),
     }
 

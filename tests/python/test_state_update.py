@@ -73,6 +73,16 @@ ROWS = {
     "a group a head": {"heads": 4, "groups": 4},
     "tied heads": {"heads": 4, "groups": 2, "dim": 64, "tie": True},
     "tied heads, d_state 128": {"heads": 4, "dim": 64, "d_state": 128, "tie": True},
+    "logarithm of A": {},
+    "tied heads, logarithm of A": {"heads": 4, "groups": 2, "dim": 64, "tie": True},
+    "limits": {},
+    "tied heads, limits": {"heads": 4, "groups": 2, "dim": 64, "tie": True},
+}
+OPTIONS = {  # of the operation, where a row has any
+    "logarithm of A": {"A_is_log": True},
+    "tied heads, logarithm of A": {"A_is_log": True},
+    "limits": {"dt_limit": (0.1, 0.4)},
+    "tied heads, limits": {"dt_limit": (0.1, 0.4)},
 }
 CASES = [(row, dtype) for row in ROWS for dtype in ("f32", "bf16")]
 CASES += [("base", "f16"), ("tied heads", "f16"), ("base", "f64")]
@@ -86,12 +96,13 @@ def test_state_and_output(device, row, dtype, softplus):
     tensors = problem(device, DTYPES[dtype], **ROWS[row])
     if not softplus:
         tensors["dt"] = tensors["dt"].abs()
+    options = OPTIONS.get(row, {}) | {"dt_softplus": softplus}
     results = []
     for wide in (torch.float64, torch.float32):
         copies = convert(tensors, wide)
-        out = selective_state_update_ref(**copies, dt_softplus=softplus)
+        out = selective_state_update_ref(**copies, **options)
         results.append((out, copies["state"]))
-    out = selective_state_update(**tensors, dt_softplus=softplus)
+    out = selective_state_update(**tensors, **options)
     for name, got, truth, yardstick in zip(
         ("out", "state"), (out, tensors["state"]), *results, strict=True
     ):
@@ -114,6 +125,27 @@ def test_reference_by_hand():
     )
     torch.testing.assert_close(state, torch.tensor([[[8.0]]]))
     assert selective_state_update_ref(state, *arguments, z=torch.zeros(1, 1)).item() == 0
+
+
+def test_layers_parameter_and_limits_are_what_they_stand_for(device):
+    """A_is_log: A = -exp(A); dt_limit: delta made before. A reference of either may not hide the other's fault."""
+    tensors = problem(device, heads=4, dim=64, tie=True)
+    states = [tensors["state"].clone() for _ in range(2)]
+    logarithm = tensors["A"].neg().log()
+    delta = torch.nn.functional.softplus(tensors["dt"] + tensors["dt_bias"]).clamp(0.1, 0.4)
+    expected = selective_state_update(
+        **tensors | {"state": states[0], "dt": delta, "dt_bias": None}
+    )
+    out = selective_state_update(
+        **tensors | {"state": states[1], "A": logarithm},
+        dt_softplus=True,
+        dt_limit=(0.1, 0.4),
+        A_is_log=True,
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"dt_limit must be \(smallest, largest\), got \(2"):
+        selective_state_update(**tensors, dt_limit=(2.0, 1.0))
 
 
 def test_output_comes_from_the_unrounded_state(device):

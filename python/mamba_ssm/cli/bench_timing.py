@@ -150,14 +150,16 @@ def native_call(case, device):
         return lambda: ops.ssd_backward(dout, None, *inputs, checkpoints, *options, False)
     if case.op == "split_conv":
         return _split_call(mamba_split_conv1d_scan_combined, case, random)
-    if case.op == "state_update" and case.headdim:
-        inputs = _headed_update_inputs(case, random)
-        return lambda: ops.selective_state_update(*inputs, True, None)
     if case.op == "state_update":
-        inputs = [t.unsqueeze(1) if t is not None else t for t in _update_inputs(case, random)]
-        state, x, dt, A, B, C, D, z, bias = inputs
-        A, D, bias = A.transpose(0, 1), D.transpose(0, 1), bias.transpose(0, 1)
-        return lambda: ops.selective_state_update(state, x, dt, A, B, C, D, z, bias, True, None)
+        if case.headdim:
+            inputs = _headed_update_inputs(case, random)
+        else:
+            inputs = [t.unsqueeze(1) if t is not None else t for t in _update_inputs(case, random)]
+            state, x, dt, A, B, C, D, z, bias = inputs
+            A, D, bias = A.transpose(0, 1), D.transpose(0, 1), bias.transpose(0, 1)
+            inputs = (state, x, dt, A, B, C, D, z, bias)
+        options = (True, False, -float("inf"), float("inf"), None)
+        return lambda: ops.selective_state_update(*inputs, *options)
     x, weight = random.normal(case.length, case.dim), random.normal(case.dim, dtype=torch.float32)
     if case.op == "gated_norm":
         z, options = random.normal(case.length, case.dim), (case.dim, False, True)

@@ -303,10 +303,6 @@ class Mamba2(nn.Module, PyTorchModelHubMixin):
             self.activation,
         ).to(z.dtype)
         x, B, C = self._heads(xBC)
-        A, dt_bias, softplus = -torch.exp(self.A_log.float()), self.dt_bias, True
-        if self.dt_limit != (0.0, math.inf):  # the operation knows none
-            dt = F.softplus(dt.float() + dt_bias.float()).clamp(*self.dt_limit)
-            dt_bias, softplus = None, False
 
         def by_channel(tensor):
             """(..., H) as (..., H, P)."""
@@ -318,13 +314,15 @@ class Mamba2(nn.Module, PyTorchModelHubMixin):
             ssm_state,
             x,
             by_channel(dt),
-            by_channel(A).unsqueeze(-1).expand(-1, -1, self.d_state),
+            by_channel(self.A_log).unsqueeze(-1).expand(-1, -1, self.d_state),
             B,
             C,
             self._by_head(self.D) if self.D_has_hdim else by_channel(self.D),
             z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
-            dt_bias=by_channel(dt_bias),
-            dt_softplus=softplus,
+            dt_bias=by_channel(self.dt_bias),
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+            A_is_log=True,
         )
         return self._output(zx0, z, y.flatten(1)).unsqueeze(1), conv_state, ssm_state
 

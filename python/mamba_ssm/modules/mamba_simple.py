@@ -201,18 +201,18 @@ class Mamba(nn.Module):
             self.activation,
         ).to(z.dtype)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A, D, dt_bias = scan_parameters(self.A_log, self.D, self.dt_proj)
         y = selective_state_update(
             ssm_state,
             x,
             F.linear(dt, self.dt_proj.weight),
-            A,
+            self.A_log,
             B,
             C,
-            D,
+            self.D,
             z=z,
-            dt_bias=dt_bias,
+            dt_bias=self.dt_proj.bias,
             dt_softplus=True,
+            A_is_log=True,
         )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
