@@ -13,10 +13,12 @@ from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, create_block
 from mamba_ssm.modules.bimamba import BiMamba2
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba2_simple import Mamba2Simple
+from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_ref
 from mamba_ssm.ops.triton.ssd_combined import ssd_selective_scan
 from mamba_ssm.utils.determinism import set_deterministic_mode
 from mamba_ssm.utils.generation import InferenceParams
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = {"d_model": 24, "d_state": 10, "headdim": 8}
 ROWS = {
@@ -286,6 +288,46 @@ def test_compiles_to_one_graph(device):
     for length in (5, 23):
         u = torch.randn(2, length, 24, device=device, requires_grad=True)
         assert_same((model, compiled), [u], model.parameters())
+
+
+class Computed(TorchDispatchMode):
+    """Names of the operations that run, without those that only look at memory otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.names.append(function.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layer, options, expected",
+    [
+        (Mamba2, SMALL, "mm causal_conv1d_update selective_state_update gated_norm_forward mm"),
+        (
+            Mamba2,
+            SMALL | ROWS["limits"] | ROWS["no_norm"],
+            "mm causal_conv1d_update selective_state_update mm",
+        ),
+        (Mamba, {"d_model": 24}, "mm causal_conv1d_update mm mm selective_state_update mm"),
+    ],
+    ids=["mamba2", "mamba2 without norm, with limits", "mamba"],
+)
+def test_a_step_computes_nothing_beside_products_and_our_operations(
+    device, layer, options, expected, dtype
+):
+    """On a GPU every other operation would be a kernel of a microsecond or two, as long as ours take."""
+    layer = layer(**options, device=device, dtype=dtype)
+    states = layer.allocate_inference_cache(2, 1)
+    token = torch.randn(2, 1, 24, device=device, dtype=dtype)
+    with torch.no_grad(), Computed() as computed:
+        layer.step(token, *states)
+    assert computed.names == expected.split()
 
 
 def test_step_compiles_to_one_graph(device):
