@@ -1369,8 +1369,10 @@ TEST(SsdPlan, TheSmallestTilesThatHoldTheStatesRun) {
 TEST(SsdPlan, TuringRunsTilesThatFit) {
   const mamba_native::cuda::DeviceInfo turing = device_with(kTuring);
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    const int forward_row =
+        dtype == DType::f32 ? 0 : 1;  // it needs 65,360 bytes, Turing has 65,536
     for (const std::int64_t d_state : {1, 64, 128}) {
-      EXPECT_EQ(choose_forward(d_state, dtype, turing), 1);
+      EXPECT_EQ(choose_forward(d_state, dtype, turing), forward_row);
       EXPECT_EQ(choose_backward(d_state, dtype, turing), 1);
     }
     EXPECT_EQ(choose_forward(256, dtype, turing), 2);
