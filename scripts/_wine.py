@@ -4,6 +4,7 @@ What is downloaded and unpacked stays in MAMBA_WINDOWS_CACHE (default ~/.cache/m
 the Python that a test run installs into is a copy of the one there.
 """
 
+import ctypes
 import hashlib
 import os
 import re
@@ -192,6 +193,24 @@ def run(command, env):
 
 
 @contextmanager
+def fixed_addresses():
+    """What starts in here has its memory at the same addresses each time.
+
+    Where Linux puts it at random, one start in 5000 under Wine 8 finds taken the address that Windows' shared
+    data must have, and CreateProcess fails with "[WinError 1359] Internal error".
+    """
+    personality = ctypes.CDLL(None).personality
+    query, no_randomize = 0xFFFFFFFF, 0x0040000  # linux/personality.h
+    before = personality(query)
+    if personality(before | no_randomize) == -1:
+        print("addresses stay random here: a process in 5000 will fail to start under Wine")
+    try:
+        yield
+    finally:
+        personality(before)
+
+
+@contextmanager
 def environment(env):
     """env with a Wine that suits tests; its PATH has cmake. Nothing is written to ~/.wine."""
     cmake = base() / "Lib" / "site-packages" / "cmake" / "data" / "bin"
@@ -207,11 +226,12 @@ def environment(env):
     env.pop("DISPLAY", None)
     quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     Path(env["WINEPREFIX"]).mkdir(parents=True, exist_ok=True)
-    subprocess.run([WINE, "wineboot", "--init"], stdin=subprocess.DEVNULL, **quiet, check=True)
-    # An idle process keeps Wine's services up; without it every test pays for their start and stop.
-    idle = subprocess.Popen([WINE, "cmd"], stdin=subprocess.PIPE, **quiet)
-    try:
-        yield env
-    finally:
-        idle.stdin.close()
-        idle.wait()
+    with fixed_addresses():
+        subprocess.run([WINE, "wineboot", "--init"], stdin=subprocess.DEVNULL, **quiet, check=True)
+        # An idle process keeps Wine's services up; without it every test pays for their start and stop.
+        idle = subprocess.Popen([WINE, "cmd"], stdin=subprocess.PIPE, **quiet)
+        try:
+            yield env
+        finally:
+            idle.stdin.close()
+            idle.wait()

@@ -86,3 +86,19 @@ def test_a_failing_command_ends_the_script():
     with pytest.raises(SystemExit) as ended:
         bootstrap.run([sys.executable, "-c", "raise SystemExit(3)"])
     assert ended.value.code == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what runs Wine runs on Linux")
+def test_addresses_under_wine_are_fixed():
+    import _wine as wine
+
+    def stack():
+        with subprocess.Popen(["grep", "stack", "/proc/self/maps"], stdout=subprocess.PIPE) as grep:
+            return grep.stdout.read()
+
+    randomized = Path("/proc/sys/kernel/randomize_va_space").read_text().strip() != "0"
+    with wine.fixed_addresses():
+        if "00040000" not in Path("/proc/self/personality").read_text():
+            pytest.skip("this machine does not let a process choose")
+        assert stack() == stack() != b""
+    assert not randomized or stack() != stack()
