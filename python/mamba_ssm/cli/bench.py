@@ -3,7 +3,7 @@
 For each case: time, floor (what the machine needs for the operation's memory traffic, exponentials
 or instructions, whichever takes longest: the term that binds), share of the floor reached, GB/s,
 speed-up over the PyTorch formula (* on a cut shape: one sequence, at most 1536 channels and 2048
-steps, of the selective scan's backward 128), and on CUDA the time of upstream's kernels on an H200 with the ratio to ours.
+steps), and on CUDA the time of upstream's kernels on an H200 with the ratio to ours.
 
 CPU: one core unless --threads; every instruction set of this machine and a plain scalar loop are
 timed, and the ratios between them printed.
